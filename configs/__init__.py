@@ -1,0 +1,1 @@
+"""Runs: one Python file each, its command and its measured result on top."""

@@ -1,0 +1,45 @@
+"""djax: a JAX engine for diffusion language models. A whole decode is one XLA program."""
+
+from djax.caching import Dual, Vicinity
+from djax.checkpoint import export_hf, load, save
+from djax.compilation import compile_cache
+from djax.decoding import Fixed, Threshold
+from djax.errors import (
+    BatchError,
+    CanvasError,
+    CheckpointError,
+    DjaxError,
+    OptionError,
+    PathError,
+    PromptError,
+    TripCapError,
+    UnsupportedModelError,
+)
+from djax.generate import Generation, Timing, generate
+from djax.model import Model, logits
+
+__all__ = [
+    "BatchError",
+    "CanvasError",
+    "CheckpointError",
+    "DjaxError",
+    "Dual",
+    "Fixed",
+    "Generation",
+    "Model",
+    "OptionError",
+    "PathError",
+    "PromptError",
+    "Threshold",
+    "Timing",
+    "TripCapError",
+    "UnsupportedModelError",
+    "Vicinity",
+    "compile_cache",
+    "export_hf",
+    "generate",
+    "load",
+    "logits",
+    "save",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,7 @@
+"""Which window is run, and when the whole canvas: one file a policy, all in this registry, contract in `contract.py`."""
+
+from djax.caching.dual import Dual
+from djax.caching.none import Uncached
+from djax.caching.vicinity import Vicinity
+
+CACHES: dict[str, type] = {"none": Uncached, "dual": Dual, "vicinity": Vicinity}

@@ -1,0 +1,39 @@
+"""The contract every cache policy keeps: which forwards a row runs in each turn of the loop.
+
+The cache holds keys and values of the whole canvas and is read-only between refreshes. A turn of a row is an optional
+forward over the whole canvas (which also decodes, and may refill the cache), then an optional forward over a window
+around the block, against the cache. A policy is a frozen dataclass registered as a pytree, with
+
+    keeps             static: is there a cache at all? If not, `plan` never asks for a window.
+    reach()           static: how many positions before and after the block the window covers
+    plan(tick, cached_block) -> Plan
+"""
+
+from typing import NamedTuple, Protocol
+
+import jax
+
+from djax.decoding.contract import Tick
+
+
+class Plan(NamedTuple):
+    """One turn, bool `[B]` each.
+
+    full:    run the whole canvas.
+    refresh: keep that forward's keys and values (implies full; counted as a refresh).
+    window:  then run the window against the cache.
+    """
+
+    full: jax.Array
+    refresh: jax.Array
+    window: jax.Array
+
+
+class Policy(Protocol):
+    keeps: bool
+
+    def reach(self) -> tuple[int, int]: ...
+
+    def plan(self, tick: Tick, cached_block: jax.Array) -> Plan:
+        """`cached_block` int32 `[B]`: the block in which the row's cache was last filled, -1 while it is empty."""
+        ...

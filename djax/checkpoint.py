@@ -1,0 +1,228 @@
+"""Checkpoints in and out: HF directories read directly, Orbax directories saved and restored, HF written back."""
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from djax import text
+from djax.convert import TABLES, rules
+from djax.convert.safetensors_files import SINGLE, TensorFiles
+from djax.errors import CheckpointError, OptionError, PathError, UnsupportedModelError
+from djax.model import Model
+from djax.models import FAMILIES
+
+SHIPPED = Path(__file__).parent / "small"
+MANIFEST, ORBAX = "djax.json", "params"
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_STORED = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+# How tokenizers of known families spell the mask, for those that do not declare it as their mask token.
+_MASK_TEXTS = ("<|mask|>", "<|mdm_mask|>")
+
+
+def load(path: str | os.PathLike | None = None, *, dtype: str | None = None) -> Model:
+    """Load a model.
+
+    path:  None for the small model that ships with djax; a HF directory (config.json, safetensors in one file or in
+           shards, tokenizer.json); or a directory written by `save`.
+    dtype: "float32" or "bfloat16" for the parameters; None takes what the config says (torch_dtype), float16 and
+           float64 as float32.
+
+    Tensors are read one at a time and without torch. Every tensor must be used exactly once and every parameter filled
+    exactly once. Raises `PathError`, `CheckpointError` (with all that is wrong) or `UnsupportedModelError`.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise OptionError(f"dtype: expected one of {', '.join(DTYPES)}, or None for the checkpoint's own, got {dtype!r}")
+    directory = SHIPPED if path is None else Path(path).expanduser()
+    if not directory.is_dir():
+        what = "is a file" if directory.exists() else "does not exist"
+        raise PathError(f"{directory}: expected a checkpoint directory, this {what}; a hub model must be downloaded first")
+    family, config, hf, tokenizer = _describe(directory)
+    if (directory / MANIFEST).is_file():
+        params, stored = _restore(directory, family, config, hf, dtype)
+    else:
+        params, stored = _read_hf(directory, family, config, hf, dtype)
+    return Model(family, config, params, tokenizer, hf, stored)
+
+
+def _describe(directory: Path) -> tuple[ModuleType, Any, dict, Any]:
+    """Family, config, config.json and tokenizer of a checkpoint, HF's or ours."""
+    file = directory / "config.json"
+    if not file.is_file():
+        raise PathError(f"{directory}: expected a checkpoint with a config.json, there is none")
+    try:
+        hf = json.loads(file.read_text())
+        architectures = list(hf.get("architectures") or [])
+    except (ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{file}: expected a JSON object: {error}") from error
+    names = [n for n, family in FAMILIES.items() if set(family.ARCHITECTURES) & set(architectures)]
+    if not names:
+        known = "; ".join(f"{n} ({', '.join(family.ARCHITECTURES)})" for n, family in FAMILIES.items())
+        raise UnsupportedModelError(f"{file}: unknown model family, architectures={architectures}; djax knows {known}")
+    family = FAMILIES[names[0]]
+    tokenizer = text.load_tokenizer(directory)
+    mask_id, eos_id = _special_ids(hf, tokenizer, family, directory)
+    config = family.Config.from_hf(hf, mask_id=mask_id, eos_id=eos_id)
+    for name, value in (("mask", mask_id), ("eos", eos_id)):
+        if not 0 <= value < config.vocab:
+            raise CheckpointError(
+                f"{directory}: the {name} token id {value} is outside the vocabulary of {config.vocab}; "
+                f"set {name}_token_id in config.json"
+            )
+    if tokenizer is not None and len(tokenizer) > config.vocab:
+        raise CheckpointError(f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.vocab}")
+    return family, config, hf, tokenizer
+
+
+def _special_ids(hf: dict, tokenizer: Any, family: ModuleType, directory: Path) -> tuple[int, int]:
+    """Mask and EOS ids: tokenizer, then config.json, then the family's default, which is announced."""
+    found: dict[str, dict[str, int]] = {"mask": {}, "eos": {}}
+    if tokenizer is not None:
+        vocabulary = tokenizer.get_vocab()
+        texts = [t for t in (tokenizer.mask_token, *_MASK_TEXTS) if t in vocabulary]
+        if texts:
+            found["mask"]["tokenizer.json"] = vocabulary[texts[0]]
+        if tokenizer.eos_token_id is not None:
+            found["eos"]["tokenizer.json"] = tokenizer.eos_token_id
+    for name in found:
+        value = hf.get(f"{name}_token_id")
+        if isinstance(value, int) and not isinstance(value, bool):
+            found[name]["config.json"] = value
+        elif value is not None:
+            raise CheckpointError(f"{directory / 'config.json'}: {name}_token_id: expected one integer, got {value!r}")
+    if len(set(found["mask"].values())) > 1:
+        raise CheckpointError(f"{directory}: the mask token id differs, {found['mask']}; correct the wrong file")
+    # A tokenizer's eos may end a turn rather than a text, so where the model's config names one it is the config's.
+    eos = found["eos"].get("config.json", found["eos"].get("tokenizer.json"))
+    mask = next(iter(found["mask"].values()), None)
+    if mask is None:
+        mask = _announce("mask", family.DEFAULT_MASK_ID, directory)
+    if eos is None:
+        eos = _announce("eos", family.DEFAULT_EOS_ID, directory)
+    return mask, eos
+
+
+def _announce(name: str, value: int, directory: Path) -> int:
+    print(f"djax: {directory} names no {name} token; using the family's default, id {value}", file=sys.stderr)
+    return value
+
+
+def _shapes(family: ModuleType, config: Any, dtype: Any) -> dict[tuple, jax.ShapeDtypeStruct]:
+    return traverse_util.flatten_dict(nn.meta.unbox(family.abstract(config, dtype)))
+
+
+def _parameter_dtype(hf: dict, stored: dict[str, str], wish: str | None) -> Any:
+    if wish is not None:
+        return DTYPES[wish]
+    declared = str(hf.get("torch_dtype") or hf.get("dtype") or "").removeprefix("torch.")
+    if not declared and stored:
+        declared = {"BF16": "bfloat16"}.get(Counter(stored.values()).most_common(1)[0][0], "float32")
+    return DTYPES.get(declared, jnp.float32)
+
+
+def _read_hf(directory: Path, family: ModuleType, config: Any, hf: dict, dtype: str | None) -> tuple[Any, dict[str, str]]:
+    with TensorFiles(directory) as files:
+        layouts = _layouts(family, config)
+        # The layout whose names match best; whatever does not match it is reported against it.
+        table = max(layouts.values(), key=lambda t: len(files.found.keys() & {r.source for r in t}))
+        stored = {name: kind for name, (_, kind) in files.found.items()}
+        target = _parameter_dtype(hf, stored, dtype)
+        shapes = {path: leaf.shape for path, leaf in _shapes(family, config, target).items()}
+        rules.check(files.found, table, shapes)
+        flat = {path: jax.device_put(leaf) for path, leaf in rules.load(table, shapes, target, files.read)}
+    return traverse_util.unflatten_dict(flat), stored
+
+
+def _layouts(family: ModuleType, config: Any) -> dict[str, list[rules.Rule]]:
+    return TABLES[family.__name__.rsplit(".", 1)[-1]](config)
+
+
+def save(model: Model, directory: str | os.PathLike) -> None:
+    """Write an Orbax checkpoint that `load` restores: parameters, config, tokenizer and a manifest.
+
+    The directory must not exist; it appears whole or not at all. Raises `OptionError` if it exists.
+    """
+    from orbax.checkpoint.experimental import v1 as orbax
+
+    with _new_directory(directory) as partial:
+        orbax.save_pytree(partial.resolve() / ORBAX, model.params)
+        _write_description(model, partial)
+        name = model.family.__name__.rsplit(".", 1)[-1]
+        manifest = {"family": name, "dtype": str(model.params["embedding"].dtype), "stored": dict(model.stored)}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+
+def _restore(directory: Path, family: ModuleType, config: Any, hf: dict, dtype: str | None) -> tuple[Any, dict[str, str]]:
+    from orbax.checkpoint.experimental import v1 as orbax
+
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        saved, stored = DTYPES[manifest["dtype"]], manifest["stored"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{directory / MANIFEST}: not a djax manifest: {error!r}") from error
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    flat = _shapes(family, config, saved)
+    wanted = {path: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device) for path, a in flat.items()}
+    try:
+        params = orbax.load_pytree(directory.resolve() / ORBAX, traverse_util.unflatten_dict(wanted))
+    except Exception as error:  # Orbax raises many kinds for a damaged directory; all mean the same to a user
+        raise CheckpointError(f"{directory}: the Orbax checkpoint cannot be restored: {error}") from error
+    target = DTYPES[dtype] if dtype is not None else saved
+    return jax.tree.map(lambda a: a.astype(target), params), stored
+
+
+def export_hf(model: Model, directory: str | os.PathLike) -> None:
+    """Write the model in HF layout (config.json, model.safetensors, tokenizer).
+
+    Tensors get the dtype they had in the checkpoint the model came from, so an export of a loaded HF checkpoint is
+    bit-equal to it. The directory must not exist; it appears whole or not at all.
+    """
+    from safetensors.numpy import save_file
+
+    flat = traverse_util.flatten_dict(model.params)
+    table = _layouts(model.family, model.config)["hf"]
+    common = Counter(model.stored.values()).most_common(1)
+    default = _STORED[common[0][0]] if common else None
+    tensors = {}
+    for name, tensor in rules.unload(table, lambda path: np.asarray(flat[path])):
+        kind = _STORED[model.stored[name]] if name in model.stored else default or tensor.dtype
+        tensors[name] = tensor.astype(kind)
+    with _new_directory(directory) as partial:
+        save_file(tensors, partial / SINGLE, metadata={"format": "pt"})
+        _write_description(model, partial)
+
+
+def _write_description(model: Model, directory: Path) -> None:
+    (directory / "config.json").write_text(json.dumps(dict(model.hf_config), indent=2) + "\n")
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(str(directory))
+
+
+@contextlib.contextmanager
+def _new_directory(directory: str | os.PathLike) -> Iterator[Path]:
+    """A directory beside the wanted one, renamed to it when the block ends well and removed when it does not."""
+    final = Path(directory).expanduser()
+    if final.exists():
+        raise OptionError(f"{final}: already exists; choose another directory or remove it")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        partial.rename(final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

@@ -1,0 +1,57 @@
+"""Checks of the public door: one sentence that names the argument, the expectation, what came and what would work."""
+
+import math
+import numbers
+from typing import Any
+
+import numpy as np
+
+from djax.errors import OptionError
+
+
+def number(plug: Any, field: str, *, above: float | None = None, at_least: float | None = None) -> None:
+    """Check a numeric field of a plug in its `__post_init__`. Traced values pass: they were checked outside."""
+    value = getattr(plug, field)
+    if not _inside_jax(value):
+        real_number(value, f"{type(plug).__name__}({field}=...)", above=above, at_least=at_least)
+
+
+def real_number(value: Any, name: str, *, above: float | None = None, at_least: float | None = None) -> float:
+    """`value` as a finite float within its bound, or `OptionError`."""
+    bound = f" above {above}" if above is not None else f" at least {at_least}" if at_least is not None else ""
+    expected = f"expected a finite number{bound}"
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real | np.number):
+        raise OptionError(f"{name}: {expected}, got {value!r} of type {type(value).__name__}")
+    if not math.isfinite(value) or (above is not None and value <= above) or (at_least is not None and value < at_least):
+        raise OptionError(f"{name}: {expected}, got {value!r}")
+    return float(value)
+
+
+def boolean(value: Any, name: str) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise OptionError(f"{name}: expected True or False, got {value!r} of type {type(value).__name__}")
+    return bool(value)
+
+
+def integer(plug: Any, field: str, *, at_least: int, optional: bool = False) -> None:
+    """Check an integer field of a plug in its `__post_init__`; None passes where the field is optional."""
+    value = getattr(plug, field)
+    if _inside_jax(value) or (optional and value is None):
+        return
+    whole_number(value, f"{type(plug).__name__}({field}=...)", at_least=at_least)
+
+
+def whole_number(value: Any, name: str, *, at_least: int, at_most: int | None = None) -> int:
+    """`value` as an int, or `OptionError`: bools and floats are not whole numbers, however round."""
+    upper = f" and at most {at_most}" if at_most is not None else ""
+    expected = f"expected a whole number, at least {at_least}{upper}"
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
+        raise OptionError(f"{name}: {expected}, got {value!r} of type {type(value).__name__}")
+    if value < at_least or (at_most is not None and value > at_most):
+        raise OptionError(f"{name}: {expected}, got {value}")
+    return int(value)
+
+
+def _inside_jax(value: Any) -> bool:
+    """jax rebuilds plugs with tracers, shapes, shardings or placeholders in their fields; only plain values are a user's."""
+    return not isinstance(value, int | float | complex | str | bytes | list | tuple | dict | np.generic | None)

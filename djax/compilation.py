@@ -1,0 +1,60 @@
+"""The persistent compilation cache: on by default, private to the user, easy to turn off.
+
+A decode is one XLA program; compiling it takes seconds, reading it back a fraction of one.
+"""
+
+import os
+import stat
+import warnings
+from pathlib import Path
+
+import jax
+
+from djax.errors import OptionError
+
+ENVIRONMENT = "DJAX_COMPILE_CACHE"
+_OFF = ("off", "0", "no", "false")
+_decided = False
+
+
+def compile_cache(directory: str | os.PathLike | None) -> None:
+    """Keep compiled programs in `directory`, or keep none (None). Overrides the default and DJAX_COMPILE_CACHE.
+
+    The directory is made private (mode 700): a compiled program is code that the next run executes. Raises
+    `OptionError` if it belongs to another user or others may write to it.
+    """
+    global _decided
+    _decided = True
+    if directory is None:
+        jax.config.update("jax_compilation_cache_dir", None)
+        return
+    path = Path(directory).expanduser()
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    info = path.stat()
+    if info.st_uid != os.getuid():
+        raise OptionError(f"compile cache {path}: expected a directory of your own, it belongs to user {info.st_uid}")
+    if stat.S_IMODE(info.st_mode) & 0o022:
+        raise OptionError(f"compile cache {path}: others may write to it; run chmod 700 on it or choose another directory")
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def enable_cache() -> None:
+    """Turn the default cache on, once, unless the user has decided: by `compile_cache`, by jax's own setting, or by
+    the environment (DJAX_COMPILE_CACHE=off, or a directory)."""
+    global _decided
+    if _decided:
+        return
+    _decided = True
+    wish = os.environ.get(ENVIRONMENT, "")
+    if wish.lower() in _OFF or (not wish and jax.config.jax_compilation_cache_dir):
+        return
+    try:
+        compile_cache(wish or default_directory())
+    except OSError as error:
+        warnings.warn(f"no compile cache, programs compile anew in each process: {error}", stacklevel=3)
+
+
+def default_directory() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "djax" / "xla"

@@ -1,0 +1,68 @@
+"""The contract every decoder keeps, and the candidate rule they share.
+
+A decoder is a frozen dataclass registered as a pytree. Its numbers are leaves (a sweep over them compiles once); what
+sets a shape is a static field. It has two pure methods:
+
+    init(rows, block, vocab) -> state                        any pytree, every leaf with leading axis `rows`
+    step(state, logits, masked, tick, key) -> state, tokens, accept
+
+with logits float32 `[B, S, V]`, masked bool `[B, S]` (what may be decided), `tick` where decoding stands, key a random
+key a row `[B]` or None at temperature 0; tokens int32 `[B, S]` and accept bool `[B, S]`.
+
+The law of every decoder, tested from the registry: accept lies inside masked; every row with a mask accepts at least
+one token; the mask id is never accepted; rows do not look at each other; state keeps structure, shape and dtype.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+
+class Tick(NamedTuple):
+    """What a decoder and a cache policy are told about where decoding stands: int32 `[B]`, the last two scalars.
+
+    iteration: turns of the loop this row took since its start. A turn that refreshes the cache runs two forwards.
+    forward:   network forwards of this row since its start.
+    block:     index of the row's current block, from 0.
+    call:      decode calls in the current block, from 0: a decoder's memory of a block starts anew at 0.
+    mask_id, temperature: as given.
+    """
+
+    iteration: jax.Array
+    forward: jax.Array
+    block: jax.Array
+    call: jax.Array
+    mask_id: jax.Array
+    temperature: jax.Array
+
+
+class Decoder(Protocol):
+    def init(self, rows: int, block: int, vocab: int) -> Any: ...
+
+    def step(
+        self, state: Any, logits: jax.Array, masked: jax.Array, tick: Tick, key: jax.Array | None
+    ) -> tuple[Any, jax.Array, jax.Array]: ...
+
+
+def candidates(logits: jax.Array, masked: jax.Array, tick: Tick, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """The token each position proposes, and its confidence: float32, -inf where the position is no candidate.
+
+    The token is the argmax of the logits, with Gumbel noise scaled by the temperature if there is a key; the confidence
+    is its probability under the logits without noise (LLaDA, arXiv 2502.09992; dInfer). A masked position that proposes
+    the mask id is no candidate. If a row has masks but no candidate, the mask id is struck from its logits, so that the
+    row still goes on; dInfer loops forever there. Ties go to the lower token id.
+    """
+    noisy = logits
+    if key is not None:
+        noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:], logits.dtype))(key)
+        noisy = logits + tick.temperature * noise
+    is_mask_id = (jnp.arange(logits.shape[-1]) == tick.mask_id)[None, None, :]
+    first = jnp.argmax(noisy, axis=-1)
+    second = jnp.argmax(jnp.where(is_mask_id, -jnp.inf, noisy), axis=-1)
+    eligible = masked & (first != tick.mask_id)
+    stuck = ~jnp.any(eligible, axis=-1, keepdims=True)
+    tokens = jnp.where(stuck, second, first).astype(jnp.int32)
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    confidence = jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1))
+    return tokens, jnp.where(eligible | (masked & stuck), confidence, -jnp.inf)

@@ -1,0 +1,41 @@
+"""The errors djax raises at its public door.
+
+Each message names the argument, what was expected, what came and what would work. All of them are `DjaxError`;
+those about a value are `ValueError` too, so callers that know nothing of djax still catch them.
+"""
+
+
+class DjaxError(Exception):
+    """Base of every error djax raises on purpose."""
+
+
+class OptionError(DjaxError, ValueError):
+    """An argument of a public function or an option of the CLI is illegal or does not apply."""
+
+
+class PromptError(DjaxError, ValueError):
+    """A prompt cannot be turned into tokens, or its tokens cannot be decoded over."""
+
+
+class CanvasError(DjaxError, ValueError):
+    """Prompt and generation length together do not fit the model."""
+
+
+class BatchError(DjaxError, ValueError):
+    """A batch does not fit the memory of the device."""
+
+
+class CheckpointError(DjaxError, ValueError):
+    """A checkpoint is missing, damaged, or does not hold exactly what its config says."""
+
+
+class PathError(CheckpointError, FileNotFoundError):
+    """A checkpoint's path, or a file it must hold, does not exist."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """The checkpoint is of a family, or uses a feature, that djax does not implement."""
+
+
+class TripCapError(DjaxError, RuntimeError):
+    """The decoding loop reached its cap with masks left: a decoder broke its law of progress."""

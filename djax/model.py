@@ -1,0 +1,71 @@
+"""A model as a value: family, config, parameters, tokenizer."""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from djax.compilation import enable_cache
+from djax.errors import PromptError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """family: module of `djax.models`. config: its Config. params: tree of arrays. tokenizer: HF fast tokenizer or None.
+
+    hf_config: config.json as read, carried along for export. stored: dtype name of each HF tensor in the checkpoint the
+    parameters came from, so that an export is bit-equal to it even where the parameters were widened; empty if unknown.
+    """
+
+    family: ModuleType
+    config: Any
+    params: Any
+    tokenizer: Any
+    hf_config: Mapping[str, Any]
+    stored: Mapping[str, str]
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(a.size for a in jax.tree.leaves(self.params))
+
+    @property
+    def parameter_bytes(self) -> int:
+        return sum(a.nbytes for a in jax.tree.leaves(self.params))
+
+    def __repr__(self) -> str:
+        name = self.family.__name__.rsplit(".", 1)[-1]
+        dtype = self.params["embedding"].dtype
+        return f"Model({name}, {self.parameter_count:,} parameters, {dtype}, mask {self.config.mask_id}, eos {self.config.eos_id})"
+
+
+@partial(jax.jit, static_argnames=("family", "config"))
+def _logits(params: Any, tokens: jax.Array, lengths: jax.Array, *, family: ModuleType, config: Any) -> jax.Array:
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    x, _ = family.trunk(params, config, family.embed(params, config, tokens), positions, positions < lengths[:, None])
+    return family.unembed(params, config, x)
+
+
+def logits(model: Model, tokens: Any, lengths: Any = None) -> jax.Array:
+    """The plain full-canvas forward: token ids int `[B, L]` -> float32 `[B, L, V]`.
+
+    lengths int `[B]` says how many leading tokens of each row are real (default: all); what follows is seen by nobody
+    and its logits mean nothing. Raises `PromptError` for another shape or an id outside the vocabulary.
+    """
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or not tokens.size:
+        raise PromptError(f"tokens: expected integers of shape [B, L], got {tokens.dtype} of shape {tokens.shape}")
+    if tokens.min() < 0 or tokens.max() >= model.config.vocab:
+        raise PromptError(f"tokens: expected ids from 0 to {model.config.vocab - 1}, got {tokens.min()} to {tokens.max()}")
+    lengths = np.full(len(tokens), tokens.shape[1]) if lengths is None else np.asarray(lengths)
+    if lengths.shape != tokens.shape[:1] or lengths.min() < 1 or lengths.max() > tokens.shape[1]:
+        raise PromptError(f"lengths: expected {len(tokens)} integers from 1 to {tokens.shape[1]}, got {lengths.tolist()}")
+    enable_cache()
+    with jax.default_matmul_precision("highest"):
+        return _logits(
+            model.params, tokens.astype(np.int32), lengths.astype(np.int32), family=model.family, config=model.config
+        )

@@ -1,0 +1,160 @@
+"""Mixture of experts: the router and the expert layer, with several back ends behind one function.
+
+Letters: T tokens, D width, E experts, J experts a token, F expert width.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def route(x: jax.Array, router: jax.Array, top: int, renormalise: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Choose `top` experts a token.
+
+    x `[T, D]`, router `[D, E]`, both widened to float32: dInfer keeps the gate in float32, and near ties between
+    experts must not depend on the parameters' dtype. Returns weights float32 `[T, J]`, ids int32 `[T, J]` (best
+    first, lower id on ties) and the probabilities float32 `[T, E]`. The weights are the softmax over ALL experts at
+    the chosen ones; they sum to less than 1 unless `renormalise` (the config's norm_topk_prob).
+    """
+    logits = jnp.dot(x.astype(jnp.float32), router.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    probs = jax.nn.softmax(logits, axis=-1)
+    weights, ids = jax.lax.top_k(probs, top)
+    if renormalise:
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    return weights, ids.astype(jnp.int32), probs
+
+
+def gated(h: jax.Array) -> jax.Array:
+    """SwiGLU on `[..., 2F]`, gate half first."""
+    gate, up = jnp.split(h, 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
+def experts(x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array, valid: jax.Array) -> jax.Array:
+    """Weighted sum of the chosen experts' outputs, `[T, D]` in x's dtype.
+
+    x `[T, D]`, weights float32 `[T, J]`, ids int32 `[T, J]`, w_in `[E, D, 2F]` (gate, then up), w_out `[E, F, D]`,
+    valid bool `[T]`: rows that are padding get an arbitrary finite value and, where the back end can, cost nothing.
+    The back end is chosen when the program is lowered, from platform and token count: every weight is read anyway
+    by the few hundred tokens of a window step, so on an accelerator one dense product is at the memory roofline and
+    its surplus FLOPs are free; on a CPU, and for a whole canvas, only the chosen experts are worth computing.
+    """
+    tokens = x.shape[0]
+    accelerator = dense if tokens <= 256 else grouped
+    return jax.lax.platform_dependent(x, weights, ids, w_in, w_out, valid, cpu=grouped, default=accelerator)
+
+
+def plain(x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array, valid: jax.Array) -> jax.Array:
+    """The definition, token by token: the oracle of the other back ends. Gathers J expert matrices a token."""
+    del valid
+    h = gated(jnp.einsum("td,tjdf->tjf", x, w_in[ids]))
+    y = jnp.einsum("tjf,tjfd->tjd", h, w_out[ids])
+    return combine(y, weights)
+
+
+def dense(x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array, valid: jax.Array) -> jax.Array:
+    """Every expert on every token, the unchosen ones weighted 0: one product in, one product out."""
+    del valid
+    count = w_in.shape[0]
+    gates = jnp.sum(jax.nn.one_hot(ids, count, dtype=jnp.float32) * weights[..., None], axis=1)
+    h = gated(jnp.einsum("td,edf->etf", x, w_in)) * gates.T[:, :, None].astype(x.dtype)
+    return jnp.einsum("etf,efd->td", h, w_out)
+
+
+def grouped(x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array, valid: jax.Array) -> jax.Array:
+    """Tokens sorted by expert and run in tiles of one expert each; nothing dropped, any group sizes, differentiable."""
+    ids = jnp.where(valid[:, None], ids, w_in.shape[0])
+    return combine(sorted_tiles(x, ids, w_in, w_out), weights)
+
+
+def combine(y: jax.Array, weights: jax.Array) -> jax.Array:
+    """Sum `[T, J, D]` over the chosen experts with float32 weights `[T, J]`, rounded to y's dtype once."""
+    return jnp.sum(y.astype(jnp.float32) * weights[..., None], axis=1).astype(y.dtype)
+
+
+class _Tiles:
+    """Which rows and which expert each tile covers. Rows are the (token, choice) pairs sorted by expert."""
+
+    def __init__(self, ids: jax.Array, count: int):
+        rows = ids.size
+        # Twice the mean group keeps most groups in one tile without much idle work; both ends measured on a CPU.
+        self.width = int(np.clip(2 ** np.ceil(np.log2(2 * rows / count)), 16, 256))
+        flat = ids.reshape(rows)
+        self.order = jnp.argsort(flat, stable=True)
+        self.inverse = jnp.argsort(self.order)
+        sizes = jnp.sum(flat[:, None] == jnp.arange(count, dtype=flat.dtype)[None, :], axis=0)
+        self.ends = jnp.cumsum(sizes)
+        self.starts = self.ends - sizes
+        tiles = -(-sizes // self.width)
+        self.tile_ends = jnp.cumsum(tiles)
+        self.tile_starts = self.tile_ends - tiles
+        self.total = self.tile_ends[-1]
+
+    def __call__(self, j: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Expert, first row, and bool `[width, 1]`: the rows that are the expert's own."""
+        expert = jnp.sum(self.tile_ends <= j)
+        row = self.starts[expert] + (j - self.tile_starts[expert]) * self.width
+        own = row + jnp.arange(self.width) < self.ends[expert]
+        return expert, row, own[:, None]
+
+    def sort(self, x: jax.Array, choices: int) -> jax.Array:
+        """`[T, D]` -> `[T * J + width, D]`, padded so that the last tile may reach past the end."""
+        return jnp.pad(x[self.order // choices], ((0, self.width), (0, 0)))
+
+
+@jax.custom_vjp
+def sorted_tiles(x: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array) -> jax.Array:
+    """Each token's chosen experts' outputs, `[T, J, D]`; id E means none (an arbitrary finite value comes back).
+
+    A loop with a traced trip count runs one tile of one expert a time. A tile that reaches past its group writes
+    rows of the next group, whose own tiles come later and overwrite them.
+    """
+    (tokens, choices), count = ids.shape, w_in.shape[0]
+    tiles = _Tiles(ids, count)
+    rows = tiles.sort(x, choices)
+
+    def run(j: jax.Array, out: jax.Array) -> jax.Array:
+        expert, row, _ = tiles(j)
+        tile = jax.lax.dynamic_slice_in_dim(rows, row, tiles.width)
+        tile = gated(tile @ w_in[expert]) @ w_out[expert]
+        return jax.lax.dynamic_update_slice_in_dim(out, tile, row, axis=0)
+
+    out = jax.lax.fori_loop(0, tiles.total, run, jnp.zeros_like(rows))
+    return out[tiles.inverse].reshape(tokens, choices, x.shape[-1])
+
+
+def _sorted_tiles_forward(x: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array) -> tuple:
+    return sorted_tiles(x, ids, w_in, w_out), (x, ids, w_in, w_out)
+
+
+def _sorted_tiles_backward(saved: tuple, dy: jax.Array) -> tuple:
+    """The same tiles again: recompute the hidden rows, then the two products' gradients, weights summed in place."""
+    x, ids, w_in, w_out = saved
+    (tokens, choices), count = ids.shape, w_in.shape[0]
+    tiles = _Tiles(ids, count)
+    rows = tiles.sort(x, choices)
+    dy = dy.reshape(tokens * choices, -1)
+    dys = jnp.pad(dy[tiles.order], ((0, tiles.width), (0, 0)))
+
+    def run(j: jax.Array, carry: tuple) -> tuple:
+        dx, dw_in, dw_out = carry
+        expert, row, own = tiles(j)
+        slice_rows = partial(jax.lax.dynamic_slice_in_dim, start_index=row, slice_size=tiles.width)
+        tile, d = slice_rows(rows), jnp.where(own, slice_rows(dys), 0)
+        h, gated_vjp = jax.vjp(gated, tile @ w_in[expert])
+        (dh,) = gated_vjp(d @ w_out[expert].T)
+        dw_in = dw_in.at[expert].add(tile.T @ dh)
+        dw_out = dw_out.at[expert].add(h.T @ d)
+        dx = jax.lax.dynamic_update_slice_in_dim(dx, dh @ w_in[expert].T, row, axis=0)
+        return dx, dw_in, dw_out
+
+    start = jnp.zeros_like(rows), jnp.zeros_like(w_in), jnp.zeros_like(w_out)
+    dx, dw_in, dw_out = jax.lax.fori_loop(0, tiles.total, run, start)
+    # Rows that no tile owns (id E) may hold what a neighbour's last tile spilled: they carry no gradient.
+    dx = jnp.where((ids.reshape(-1) < count)[:, None], dx[tiles.inverse], 0)
+    return dx.reshape(tokens, choices, -1).sum(axis=1), np.zeros(ids.shape, jax.dtypes.float0), dw_in, dw_out
+
+
+sorted_tiles.defvjp(_sorted_tiles_forward, _sorted_tiles_backward)

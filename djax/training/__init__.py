@@ -1,0 +1,1 @@
+"""The small model: its problems, tokenizer, objective, trainer and evaluation."""

@@ -1,0 +1,52 @@
+"""LLaDA's masked-diffusion objective (arXiv 2502.09992, section 2.2) and the router's load-balancing loss (2101.03961)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+SMALLEST_RATIO = 1e-3  # keeps 1/t finite, as in LLaDA's own guideline
+
+
+def corrupt(key: jax.Array, tokens: jax.Array, response: jax.Array, mask_id: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Mask each response token with its row's probability t.
+
+    tokens int32 `[B, L]`, response bool `[B, L]`. t is uniform on (0, 1], stratified over the batch: row b draws from
+    the b-th of B equal slices, which leaves the law of a single row as it is and quietens the 1/t weights.
+    Returns the noisy tokens, bool `[B, L]` (what was masked) and t `[B, 1]`.
+    """
+    rows = tokens.shape[0]
+    key_t, key_mask, key_order = jax.random.split(key, 3)
+    slices = jax.random.permutation(key_order, rows)
+    t = (slices + 1 - jax.random.uniform(key_t, (rows,))) / rows
+    t = ((1 - SMALLEST_RATIO) * t + SMALLEST_RATIO)[:, None]
+    masked = response & (jax.random.uniform(key_mask, tokens.shape) < t)
+    return jnp.where(masked, mask_id, tokens), masked, t
+
+
+def diffusion_loss(logits: jax.Array, tokens: jax.Array, masked: jax.Array, response: jax.Array, t: jax.Array) -> jax.Array:
+    """Cross entropy on the masked tokens weighted 1/t, over the number of response tokens: a bound on -log p(response)."""
+    nll = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return jnp.sum(jnp.where(masked, nll / t, 0.0)) / jnp.sum(response)
+
+
+def balance_loss(routing: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
+    """E * sum over experts of (share of choices) * (mean probability), averaged over layers; 1 when perfectly even."""
+
+    def layer(probs: jax.Array, ids: jax.Array) -> jax.Array:
+        count = probs.shape[-1]
+        share = jnp.mean(jax.nn.one_hot(ids, count), axis=(0, 1))
+        return count * jnp.sum(share * jnp.mean(probs, axis=0))
+
+    return sum(layer(probs, ids) for probs, ids in routing) / len(routing)
+
+
+def loss(family: Any, params: Any, config: Any, key: jax.Array, tokens: jax.Array, response: jax.Array, balance: float) -> tuple:
+    """Total loss and its parts for one batch: tokens int32 `[B, L]`, response bool `[B, L]`."""
+    noisy, masked, t = corrupt(key, tokens, response, config.mask_id)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    x = family.embed(params, config, noisy)
+    x, routing = family.trunk_with_routing(params, config, x, positions, jnp.ones(tokens.shape, bool))
+    diffusion = diffusion_loss(family.unembed(params, config, x), tokens, masked, response, t)
+    balanced = balance_loss(routing)
+    return diffusion + balance * balanced, {"diffusion": diffusion, "balance": balanced}
