@@ -19,7 +19,7 @@ class TensorFiles:
     and the shards disagree.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path) -> None:
         self._where: dict[str, Path] = {}
         self._open: dict[Path, safe_open] = {}
         self.found: dict[str, tuple[tuple[int, ...], str]] = {}

@@ -1,7 +1,9 @@
 """Checkpoints in and out: HF directories read directly, Orbax directories saved and restored, HF written back."""
 
 import contextlib
+import dataclasses
 import json
+import math
 import os
 import shutil
 import sys
@@ -46,16 +48,46 @@ def load(path: str | os.PathLike | None = None, *, dtype: str | None = None) -> 
     """
     if dtype is not None and dtype not in DTYPES:
         raise OptionError(f"dtype: expected one of {', '.join(DTYPES)}, or None for the checkpoint's own, got {dtype!r}")
+    directory = _directory(path)
+    family, config, hf, tokenizer = _describe(directory)
+    if (directory / MANIFEST).is_file():
+        params, stored = _restore(directory, family, config, dtype)
+    else:
+        params, stored = _read_hf(directory, family, config, hf, dtype)
+    return Model(family, config, params, tokenizer, hf, stored)
+
+
+def inspect(path: str | os.PathLike | None = None) -> dict[str, Any]:
+    """What a checkpoint is, without reading weights: family, sizes, ids. HF tensors are checked against the config."""
+    directory = _directory(path)
+    family, config, hf, tokenizer = _describe(directory)
+    if (directory / MANIFEST).is_file():
+        form, dtype = "Orbax", DTYPES[_manifest(directory)["dtype"]]
+    else:
+        with TensorFiles(directory) as files:
+            table, stored = _match(family, config, files)
+            dtype = _parameter_dtype(hf, stored, None)
+            form = f"HF, {len(table)} tensors, stored as {', '.join(sorted(set(stored.values())))}"
+    shapes = _shapes(family, config, dtype).values()
+    facts = {
+        "path": str(directory),
+        "layout": form,
+        "family": _name(family),
+        "parameters": sum(math.prod(a.shape) for a in shapes),
+        "bytes": sum(math.prod(a.shape) * a.dtype.itemsize for a in shapes),
+        "dtype": str(np.dtype(dtype)),
+        "tokenizer": f"{len(tokenizer)} tokens" if tokenizer is not None else "none",
+        "chat template": "yes" if tokenizer is not None and tokenizer.chat_template else "no",
+    }
+    return facts | dataclasses.asdict(config)
+
+
+def _directory(path: str | os.PathLike | None) -> Path:
     directory = SHIPPED if path is None else Path(path).expanduser()
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "does not exist"
         raise PathError(f"{directory}: expected a checkpoint directory, this {what}; a hub model must be downloaded first")
-    family, config, hf, tokenizer = _describe(directory)
-    if (directory / MANIFEST).is_file():
-        params, stored = _restore(directory, family, config, hf, dtype)
-    else:
-        params, stored = _read_hf(directory, family, config, hf, dtype)
-    return Model(family, config, params, tokenizer, hf, stored)
+    return directory
 
 
 def _describe(directory: Path) -> tuple[ModuleType, Any, dict, Any]:
@@ -135,19 +167,32 @@ def _parameter_dtype(hf: dict, stored: dict[str, str], wish: str | None) -> Any:
 
 def _read_hf(directory: Path, family: ModuleType, config: Any, hf: dict, dtype: str | None) -> tuple[Any, dict[str, str]]:
     with TensorFiles(directory) as files:
-        layouts = _layouts(family, config)
-        # The layout whose names match best; whatever does not match it is reported against it.
-        table = max(layouts.values(), key=lambda t: len(files.found.keys() & {r.source for r in t}))
-        stored = {name: kind for name, (_, kind) in files.found.items()}
+        table, stored = _match(family, config, files)
         target = _parameter_dtype(hf, stored, dtype)
         shapes = {path: leaf.shape for path, leaf in _shapes(family, config, target).items()}
-        rules.check(files.found, table, shapes)
         flat = {path: jax.device_put(leaf) for path, leaf in rules.load(table, shapes, target, files.read)}
     return traverse_util.unflatten_dict(flat), stored
 
 
+def _match(family: ModuleType, config: Any, files: TensorFiles) -> tuple[list[rules.Rule], dict[str, str]]:
+    """The rule table of the layout the files are in, checked strictly, and each tensor's stored dtype."""
+    # The layout whose names match best; whatever does not match it is reported against it.
+    table = max(_layouts(family, config).values(), key=lambda t: len(files.found.keys() & {r.source for r in t}))
+    rules.check(files.found, table, {path: leaf.shape for path, leaf in _shapes(family, config, jnp.float32).items()})
+    return table, {name: kind for name, (_, kind) in files.found.items()}
+
+
 def _layouts(family: ModuleType, config: Any) -> dict[str, list[rules.Rule]]:
-    return TABLES[family.__name__.rsplit(".", 1)[-1]](config)
+    return TABLES[_name(family)](config)
+
+
+def _name(family: ModuleType) -> str:
+    return next(name for name, module in FAMILIES.items() if module is family)
+
+
+def hf_names(family: ModuleType, config: Any) -> list[str]:
+    """The tensors an export writes."""
+    return [rule.source for rule in _layouts(family, config)["hf"]]
 
 
 def save(model: Model, directory: str | os.PathLike) -> None:
@@ -160,19 +205,15 @@ def save(model: Model, directory: str | os.PathLike) -> None:
     with _new_directory(directory) as partial:
         orbax.save_pytree(partial.resolve() / ORBAX, model.params)
         _write_description(model, partial)
-        name = model.family.__name__.rsplit(".", 1)[-1]
-        manifest = {"family": name, "dtype": str(model.params["embedding"].dtype), "stored": dict(model.stored)}
+        manifest = {"family": _name(model.family), "dtype": str(model.params["embedding"].dtype), "stored": dict(model.stored)}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
-def _restore(directory: Path, family: ModuleType, config: Any, hf: dict, dtype: str | None) -> tuple[Any, dict[str, str]]:
+def _restore(directory: Path, family: ModuleType, config: Any, dtype: str | None) -> tuple[Any, dict[str, str]]:
     from orbax.checkpoint.experimental import v1 as orbax
 
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text())
-        saved, stored = DTYPES[manifest["dtype"]], manifest["stored"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{directory / MANIFEST}: not a djax manifest: {error!r}") from error
+    manifest = _manifest(directory)
+    saved = DTYPES[manifest["dtype"]]
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     flat = _shapes(family, config, saved)
     wanted = {path: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device) for path, a in flat.items()}
@@ -181,7 +222,19 @@ def _restore(directory: Path, family: ModuleType, config: Any, hf: dict, dtype: 
     except Exception as error:  # Orbax raises many kinds for a damaged directory; all mean the same to a user
         raise CheckpointError(f"{directory}: the Orbax checkpoint cannot be restored: {error}") from error
     target = DTYPES[dtype] if dtype is not None else saved
-    return jax.tree.map(lambda a: a.astype(target), params), stored
+    return jax.tree.map(lambda a: a.astype(target), params), manifest["stored"]
+
+
+def _manifest(directory: Path) -> dict[str, Any]:
+    """dtype: of the saved parameters. stored: HF tensor name to the dtype it had in the converted checkpoint."""
+    file = directory / MANIFEST
+    try:
+        manifest = json.loads(file.read_text())
+        if manifest["dtype"] in DTYPES and isinstance(manifest["stored"], dict):
+            return manifest
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise CheckpointError(f"{file}: not a manifest that djax wrote; convert the checkpoint again")
 
 
 def export_hf(model: Model, directory: str | os.PathLike) -> None:

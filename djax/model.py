@@ -40,7 +40,9 @@ class Model:
     def __repr__(self) -> str:
         name = self.family.__name__.rsplit(".", 1)[-1]
         dtype = self.params["embedding"].dtype
-        return f"Model({name}, {self.parameter_count:,} parameters, {dtype}, mask {self.config.mask_id}, eos {self.config.eos_id})"
+        return (
+            f"Model({name}, {self.parameter_count:,} parameters, {dtype}, mask {self.config.mask_id}, eos {self.config.eos_id})"
+        )
 
 
 @partial(jax.jit, static_argnames=("family", "config"))

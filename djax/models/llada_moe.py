@@ -122,7 +122,9 @@ class LLaDAMoE(nn.Module):
     def embed(self, tokens: jax.Array) -> jax.Array:
         return self.embedding[tokens]
 
-    def trunk(self, x: jax.Array, positions: jax.Array, valid: jax.Array, cache: Cache | None = None) -> tuple[jax.Array, tuple]:
+    def trunk(
+        self, x: jax.Array, positions: jax.Array, valid: jax.Array, cache: Cache | None = None
+    ) -> tuple[jax.Array, tuple]:
         c = self.config
         angles = rotary_angles(positions, c.head_dim, c.rope_theta)
         fresh = []
@@ -162,8 +164,12 @@ class Layer(nn.Module):
 
         h = rms_norm(x, scale("attention_norm", c.width, "embed"), c.eps)
         q = jnp.einsum("bwd,dhk->bwhk", h, matrix("q", (c.width, c.heads, c.head_dim), ("embed", "heads", "head_dim"), c.width))
-        k = jnp.einsum("bwd,dgk->bwgk", h, matrix("k", (c.width, c.groups, c.head_dim), ("embed", "heads", "head_dim"), c.width))
-        v = jnp.einsum("bwd,dgk->bwgk", h, matrix("v", (c.width, c.groups, c.head_dim), ("embed", "heads", "head_dim"), c.width))
+        k = jnp.einsum(
+            "bwd,dgk->bwgk", h, matrix("k", (c.width, c.groups, c.head_dim), ("embed", "heads", "head_dim"), c.width)
+        )
+        v = jnp.einsum(
+            "bwd,dgk->bwgk", h, matrix("v", (c.width, c.groups, c.head_dim), ("embed", "heads", "head_dim"), c.width)
+        )
         q = rotate(rms_norm(q, scale("q_norm", c.head_dim, "head_dim"), c.eps), *angles)
         k = rotate(rms_norm(k, scale("k_norm", c.head_dim, "head_dim"), c.eps), *angles)
         o = matrix("o", (c.heads, c.head_dim, c.width), ("heads", "head_dim", "embed"), c.heads * c.head_dim)
@@ -225,7 +231,9 @@ def unembed(params: Any, config: Config, x: jax.Array) -> jax.Array:
     return LLaDAMoE(config).apply({"params": params}, x, method="unembed")
 
 
-def trunk_with_routing(params: Any, config: Config, x: jax.Array, positions: jax.Array, valid: jax.Array) -> tuple[jax.Array, list]:
+def trunk_with_routing(
+    params: Any, config: Config, x: jax.Array, positions: jax.Array, valid: jax.Array
+) -> tuple[jax.Array, list]:
     """`trunk` without cache, and each layer's router choice (probabilities `[T, E]`, ids `[T, J]`), for training."""
     (x, _), collected = LLaDAMoE(config).apply({"params": params}, x, positions, valid, method="trunk", mutable=["routing"])
     return x, [collected["routing"][f"layer_{n}"]["choice"][0] for n in range(config.layers)]

@@ -77,7 +77,7 @@ def combine(y: jax.Array, weights: jax.Array) -> jax.Array:
 class _Tiles:
     """Which rows and which expert each tile covers. Rows are the (token, choice) pairs sorted by expert."""
 
-    def __init__(self, ids: jax.Array, count: int):
+    def __init__(self, ids: jax.Array, count: int) -> None:
         rows = ids.size
         # Twice the mean group keeps most groups in one tile without much idle work; both ends measured on a CPU.
         self.width = int(np.clip(2 ** np.ceil(np.log2(2 * rows / count)), 16, 256))

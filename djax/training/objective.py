@@ -41,7 +41,9 @@ def balance_loss(routing: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
     return sum(layer(probs, ids) for probs, ids in routing) / len(routing)
 
 
-def loss(family: Any, params: Any, config: Any, key: jax.Array, tokens: jax.Array, response: jax.Array, balance: float) -> tuple:
+def loss(
+    family: Any, params: Any, config: Any, key: jax.Array, tokens: jax.Array, response: jax.Array, balance: float
+) -> tuple:
     """Total loss and its parts for one batch: tokens int32 `[B, L]`, response bool `[B, L]`."""
     noisy, masked, t = corrupt(key, tokens, response, config.mask_id)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)

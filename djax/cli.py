@@ -1,0 +1,266 @@
+"""The `djax` command. Each subcommand is a dataclass whose fields are its options and whose `run` does the work."""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from tyro.conf import Positional, arg
+
+from djax.errors import DjaxError, OptionError, PromptError
+
+
+@dataclasses.dataclass
+class Decoding:
+    """How an answer is decoded; the same names and defaults as `djax.generate`."""
+
+    gen_length: int = 128
+    """Tokens of canvas after the prompt. The answer ends at the first end-of-text token."""
+    block_length: int = 32
+    """Blocks are filled one after another, each of this many positions."""
+    decoder: str = "Threshold(0.9)"
+    """Which tokens a forward accepts: 'Threshold(tau)' takes all whose confidence reaches tau, 'Fixed(per_step)' the
+    surest few. tau above 1 means one token a forward."""
+    cache: str = "none"
+    """What a forward runs: 'none' (the whole canvas), 'Dual(every=None)' (the block), or
+    'Vicinity(before=16, after=16, warmup=4, every=None)' (the block and its neighbours)."""
+    temperature: float = 0.0
+    """0 takes the most likely token; above 0 it is drawn."""
+    seed: int = 0
+    """Seed of the draws."""
+    early_stop: bool = True
+    """Stop after the first block that holds an end-of-text token."""
+    align_blocks: bool = True
+    """Block borders at multiples of the block length (dInfer's start_block_align) rather than from the prompt's end."""
+
+    def options(self) -> dict[str, Any]:
+        from djax.caching import CACHES
+        from djax.decoding import DECODERS
+        from djax.plugs import parse
+
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(Decoding)}
+        options["decoder"] = parse(self.decoder, DECODERS, "--decoder")
+        options["cache"] = parse(self.cache, CACHES, "--cache")
+        return options
+
+
+Model = Annotated[str | None, arg(metavar="DIR")]
+
+
+@dataclasses.dataclass
+class Generate:
+    """Answer a question.
+
+    djax generate "Anna has 12 pens. She buys 7 more. How many pens does Anna have now?"
+
+    djax generate --cache "Vicinity(16, 16)" --decoder "Threshold(0.8)" --file question.txt
+
+    Without --model, the small model that ships with djax answers: it knows word problems like the one above.
+    """
+
+    question: Positional[str | None] = None
+    """The question; '-' reads it from standard input."""
+    file: Path | None = None
+    """Read the question from this file instead."""
+    lines: bool = False
+    """Every line of the file or of standard input is a question of its own; they are decoded together."""
+    model: Model = None
+    """A checkpoint directory, HF's or one that `djax convert` wrote."""
+    dtype: str | None = None
+    """float32 or bfloat16 for the parameters; by default the checkpoint's own."""
+    decoding: Annotated[Decoding, arg(name="")] = dataclasses.field(default_factory=Decoding)
+    max_batch: int | None = None
+    """At most this many questions at once. Changes no answer."""
+    json: bool = False
+    """Print one JSON object a question instead of text."""
+    compile_cache: bool = True
+    """Keep compiled programs in the user's cache directory, so that the next run starts at once."""
+
+    def run(self, console: Console) -> None:
+        prompts = self._prompts()
+        options = self.decoding.options()
+        with working(console, "loading"):
+            import djax
+
+            if not self.compile_cache:
+                djax.compile_cache(None)
+            model = djax.load(self.model, dtype=self.dtype)
+        with working(console, "compiling and decoding"):
+            answers = djax.generate(model, prompts, max_batch=self.max_batch, **options)
+        for answer in answers if isinstance(answers, list) else [answers]:
+            print(json.dumps(as_json(answer)) if self.json else f"{answer.text}\n\n{figures(answer)}")
+
+    def _prompts(self) -> str | list[str]:
+        if (self.question is None) == (self.file is None):
+            raise OptionError("give either a question, or '-' for standard input, or --file FILE")
+        if self.file is not None:
+            if not self.file.is_file():
+                raise OptionError(f"--file: {self.file} does not exist or is not a file")
+            text = self.file.read_text()
+        elif self.question == "-":
+            text = sys.stdin.read()
+        elif self.lines:
+            raise OptionError("--lines goes with --file or '-', not with a question on the command line")
+        else:
+            text = self.question
+        prompts = [line for line in text.splitlines() if line.strip()] if self.lines else text.strip()
+        if not prompts:
+            raise PromptError("the question is empty")
+        return prompts
+
+
+@dataclasses.dataclass
+class Info:
+    """Show a checkpoint's family, size and token ids. Reads no weights."""
+
+    model: Positional[Model] = None
+    """A checkpoint directory; without it, the small model that ships with djax."""
+    json: bool = False
+    """Print a JSON object."""
+
+    def run(self, console: Console) -> None:
+        from djax.checkpoint import inspect
+
+        facts = inspect(self.model)
+        if self.json:
+            print(json.dumps(facts))
+        else:
+            width = max(map(len, facts))
+            for name, value in facts.items():
+                print(f"{name:{width}}  {value:,}" if isinstance(value, int) and value > 9999 else f"{name:{width}}  {value}")
+
+
+@dataclasses.dataclass
+class Convert:
+    """Convert a checkpoint: HF to Orbax, which restores faster and sharded, or back to HF. OUT appears whole or not at all."""
+
+    source: Positional[Annotated[str, arg(metavar="DIR")]]
+    """The checkpoint to read, HF's or an earlier conversion."""
+    out: Positional[Annotated[str, arg(metavar="OUT")]]
+    """The directory to write; it must not exist."""
+    to: Annotated[str, arg(metavar="{orbax,hf}")] = "orbax"
+    """The layout to write."""
+    dtype: str | None = None
+    """float32 or bfloat16; by default the checkpoint's own."""
+
+    def run(self, console: Console) -> None:
+        if self.to not in ("orbax", "hf"):
+            raise OptionError(f"--to: expected orbax or hf, got {self.to!r}")
+        with working(console, "converting"):
+            import djax
+
+            model = djax.load(self.source, dtype=self.dtype)
+            (djax.save if self.to == "orbax" else djax.export_hf)(model, self.out)
+        print(f"{self.out}: {model}")
+
+
+@dataclasses.dataclass
+class Train:
+    """Train a model from scratch, or go on with an interrupted run. `djax train small --out runs/small` is the shipped one."""
+
+    config: Positional[str]
+    """A run of configs/, by file name."""
+    out: Annotated[Path, arg(metavar="DIR")]
+    """Where checkpoints, log.jsonl and the finished model go."""
+
+    def run(self, console: Console) -> None:
+        import importlib
+
+        from djax import configs
+
+        if not self.config.isidentifier() or not (Path(configs.__file__).parent / f"{self.config}.py").is_file():
+            there = sorted(p.stem for p in Path(configs.__file__).parent.glob("*.py") if p.stem != "__init__")
+            raise OptionError(f"config: unknown {self.config!r}; there are: {', '.join(there)}")
+        from djax.training.train import train
+
+        print(train(importlib.import_module(f"djax.configs.{self.config}").RUN, self.out))
+
+
+@dataclasses.dataclass
+class Evaluate:
+    """Answer held-out word problems and print accuracy and tokens per forward as one JSON line."""
+
+    model: Model = None
+    """A checkpoint directory; without it, the small model that ships with djax."""
+    problems: int = 500
+    """How many problems; the same ones for the same number and seed."""
+    problem_seed: int = 0
+    """Another seed draws other held-out problems."""
+    batch: int = 25
+    """Problems decoded together. Changes no answer."""
+    decoding: Annotated[Decoding, arg(name="")] = dataclasses.field(default_factory=Decoding)
+
+    def run(self, console: Console) -> None:
+        from rich.progress import Progress
+
+        import djax
+        from djax.checks import whole_number
+        from djax.training.evaluate import evaluate
+        from djax.training.problems import held_out
+
+        options = self.decoding.options()
+        problems = held_out(whole_number(self.problems, "--problems", at_least=1), self.problem_seed)
+        model = djax.load(self.model)
+        with Progress(console=console, transient=True) as bar:
+            task = bar.add_task("answering", total=len(problems))
+            report = evaluate(
+                model, problems, max_batch=self.batch, progress=lambda done: bar.update(task, completed=done), **options
+            )
+        shown = {name: repr(value) if name in ("decoder", "cache") else value for name, value in options.items()}
+        print(json.dumps({"model": repr(model), **shown, **dataclasses.asdict(report)}))
+
+
+def figures(answer: Any) -> str:
+    """One line: what the answer took."""
+    tokens, seconds = len(answer.tokens), answer.timing.decode
+    return (
+        f"{tokens} tokens, {answer.forwards} forwards ({answer.refreshes} refreshes), "
+        f"{answer.tokens_per_forward:.2f} tokens/forward, {tokens / seconds:.0f} tokens/s "
+        f"({seconds:.2f} s; compile {answer.timing.compile:.2f} s apart)"
+    )
+
+
+def as_json(answer: Any) -> dict[str, Any]:
+    return {
+        "text": answer.text,
+        "tokens": answer.tokens.tolist(),
+        "forwards": answer.forwards,
+        "refreshes": answer.refreshes,
+        "tokens_per_forward": answer.tokens_per_forward,
+        "compile_seconds": answer.timing.compile,
+        "decode_seconds": answer.timing.decode,
+    }
+
+
+@contextmanager
+def working(console: Console, what: str) -> Iterator[None]:
+    """A spinner with the seconds so far, on standard error; nothing where that is not a terminal."""
+    began = time.monotonic()
+    with console.status(f"{what} ..."):
+        yield
+    if console.is_terminal:
+        console.print(f"{what}: {time.monotonic() - began:.1f} s", style="dim")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. Exits with 2 and one line on standard error for anything a user can mend."""
+    console = Console(stderr=True)
+    commands = {"generate": Generate, "info": Info, "convert": Convert, "train": Train, "evaluate": Evaluate}
+    command = tyro.extras.subcommand_cli_from_dict(
+        commands, prog="djax", description="A JAX engine for diffusion language models.", args=arguments
+    )
+    try:
+        command.run(console)
+    except DjaxError as error:
+        console.print(f"djax: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

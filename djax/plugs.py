@@ -1,0 +1,50 @@
+"""Decoders and caches as text: `Threshold(0.9)`, `vicinity(16, 16, warmup=4)`, `none`; what their repr prints reads back."""
+
+import ast
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from djax.errors import OptionError
+
+
+def parse(text: str, registry: Mapping[str, type], name: str) -> Any:
+    """Build the plug that `text` spells, a call or a bare name, upper or lower case; plugs may hold plugs.
+
+    Nothing is executed: only names of the registry, numbers and None are understood. Raises `OptionError` naming the
+    option, what there is, or the arguments the plug takes.
+    """
+    try:
+        return _build(ast.parse(text.strip(), mode="eval").body, registry, name)
+    except SyntaxError as error:
+        raise OptionError(f"{name}: cannot read {text!r}; write it like {_example(registry)}") from error
+
+
+def _build(node: ast.expr, registry: Mapping[str, type], name: str) -> Any:
+    if isinstance(node, ast.Constant) and node.value is None:
+        node = ast.Name("none")
+    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+    if not isinstance(call.func, ast.Name):
+        raise OptionError(f"{name}: cannot read {ast.unparse(node)!r}; write it like {_example(registry)}")
+    kind = registry.get(call.func.id.lower())
+    if kind is None:
+        raise OptionError(f"{name}: unknown {call.func.id!r}; there are: {', '.join(sorted(registry))}")
+    takes = [f.name for f in dataclasses.fields(kind)]
+    signature = f"{kind.__name__}({', '.join(f'{f.name}={f.default!r}' for f in dataclasses.fields(kind))})"
+    given = [k.arg for k in call.keywords]
+    if len(call.args) > len(takes) or set(given) - set(takes) or set(given) & set(takes[: len(call.args)]):
+        raise OptionError(f"{name}: {ast.unparse(node)} does not fit {signature}")
+    return kind(
+        *(_value(a, registry, name) for a in call.args), **{k.arg: _value(k.value, registry, name) for k in call.keywords}
+    )
+
+
+def _value(node: ast.expr, registry: Mapping[str, type], name: str) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return _build(node, registry, name)
+
+
+def _example(registry: Mapping[str, type]) -> str:
+    return " or ".join(repr(kind()) for kind in registry.values())

@@ -1,0 +1,216 @@
+"""The one program: a whole decode, from masks to tokens, as one jitted `while_loop`.
+
+It names no decoder, cache policy or model family; it keeps their contracts (`decoding/contract.py`,
+`caching/contract.py`, `models/`). Each row has its own block pointer and counters and never waits for another:
+`generate([a, b, c])` gives every row the canvas, forwards and refreshes it gets alone.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from djax.caching.contract import Policy
+from djax.decoding.contract import Decoder, Tick
+from djax.models.layers import Cache
+
+
+class Request(NamedTuple):
+    """What one decode is asked, all traced: new prompts, lengths, seeds or thresholds compile nothing.
+
+    tokens int32 `[B, L]`: prompt, then masks, then padding. prompt, total int32 `[B]`: where the prompt and the canvas
+    end. start int32 `[B]`: where the first block starts. seed uint32 `[B]`. temperature, early_stop, cap: scalars.
+    """
+
+    tokens: jax.Array
+    prompt: jax.Array
+    total: jax.Array
+    start: jax.Array
+    seed: jax.Array
+    temperature: jax.Array
+    early_stop: jax.Array
+    cap: jax.Array
+
+
+class Rows(NamedTuple):
+    """The part of the carry that has one entry a row.
+
+    tokens       int32 `[B, L]`, the canvas.
+    active       bool `[B]`, still decoding.
+    start        int32 `[B]`, first position of the current block.
+    block        int32 `[B]`, its index.
+    iteration    int32 `[B]`, turns of the loop so far.
+    forwards     int32 `[B]`, network forwards so far.
+    refreshes    int32 `[B]`, those that refilled the cache.
+    call         int32 `[B]`, decode calls in the current block.
+    cached_block int32 `[B]`, block in which the cache was last filled; -1 while it is empty.
+    decoder      the decoder's state, any pytree with leading axis B.
+    """
+
+    tokens: jax.Array
+    active: jax.Array
+    start: jax.Array
+    block: jax.Array
+    iteration: jax.Array
+    forwards: jax.Array
+    refreshes: jax.Array
+    call: jax.Array
+    cached_block: jax.Array
+    decoder: Any
+
+
+class Carry(NamedTuple):
+    """rows: see `Rows`. cache: each layer's (k, v) `[B, L, G, K]`, () without a cache. trips: turns so far, scalar."""
+
+    rows: Rows
+    cache: tuple
+    trips: jax.Array
+
+
+def _row(tree: Any, b: jax.Array) -> Any:
+    """Row b of every leaf, keeping the batch axis."""
+    return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, b, 1), tree)
+
+
+def _put_row(tree: Any, row: Any, b: jax.Array) -> Any:
+    return jax.tree.map(lambda a, r: jax.lax.dynamic_update_slice_in_dim(a, r, b, axis=0), tree, row)
+
+
+def _in_block(rows: Rows, total: jax.Array, block: int) -> jax.Array:
+    """Bool `[B, L]`: the canvas positions of each row's current block."""
+    at = jnp.arange(rows.tokens.shape[1])[None, :]
+    return (at >= rows.start[:, None]) & (at < jnp.minimum(rows.start + block, total)[:, None])
+
+
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x `[B, L, ...]` at index `[B, W]`, clipped to the canvas."""
+    index = jnp.clip(index, 0, x.shape[1] - 1)
+    return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)
+
+
+def _decode_block(
+    rows: Rows, logits: jax.Array, ask: Request, decoder: Decoder, running: jax.Array, mask_id: int, sampled: bool
+) -> Rows:
+    """Hand the block's logits `[B, S, V]` of one forward to the decoder and write what it accepts; `running` bool `[B]`."""
+    block = logits.shape[1]
+    at = rows.start[:, None] + jnp.arange(block)[None, :]
+    here = (at < ask.total[:, None]) & running[:, None]
+    masked = (_take(rows.tokens, at) == mask_id) & here
+    tick = Tick(rows.iteration, rows.forwards, rows.block, rows.call, jnp.int32(mask_id), ask.temperature)
+    # The key depends on the row's own seed and counter, not on its place in the batch.
+    key = jax.vmap(lambda s, f: jax.random.fold_in(jax.random.key(s), f))(ask.seed, rows.forwards) if sampled else None
+    state, tokens, accept = decoder.step(rows.decoder, logits, masked, tick, key)
+    offset = jnp.arange(rows.tokens.shape[1])[None, :] - rows.start[:, None]
+    write = _take(accept, offset) & _in_block(rows, ask.total, block) & running[:, None]
+    one = running.astype(jnp.int32)
+    keep = partial(jax.tree.map, lambda new, old: jnp.where(running.reshape((-1,) + (1,) * (new.ndim - 1)), new, old))
+    return rows._replace(
+        tokens=jnp.where(write, _take(tokens, offset), rows.tokens),
+        forwards=rows.forwards + one,
+        call=rows.call + one,
+        decoder=keep(state, rows.decoder),
+    )
+
+
+def _finish_blocks(rows: Rows, ask: Request, block: int, mask_id: int, eos_id: int) -> Rows:
+    """Move rows whose block has no mask left to the next block, or end them: at EOS (early stop) or at the canvas' end."""
+    inside = _in_block(rows, ask.total, block)
+    finished = rows.active & ~jnp.any(inside & (rows.tokens == mask_id), axis=1)
+    at = jnp.arange(rows.tokens.shape[1])[None, :]
+    generated = inside & (at >= ask.prompt[:, None])
+    stop = finished & ask.early_stop & jnp.any(generated & (rows.tokens == eos_id), axis=1)
+    start = jnp.where(finished, rows.start + block, rows.start)
+    fill = stop[:, None] & (at >= start[:, None]) & (at < ask.total[:, None])
+    return rows._replace(
+        tokens=jnp.where(fill, eos_id, rows.tokens),
+        active=rows.active & ~stop & (start < ask.total),
+        start=start,
+        block=rows.block + finished,
+        iteration=rows.iteration + rows.active,
+        call=jnp.where(finished, 0, rows.call),
+    )
+
+
+@partial(jax.jit, static_argnames=("family", "config", "block", "sampled"))
+def decode(
+    params: Any, ask: Request, decoder: Decoder, policy: Policy, *, family: Any, config: Any, block: int, sampled: bool
+) -> Carry:
+    """The program: from masks to tokens in one `while_loop`.
+
+    A turn runs the whole canvas of each row whose policy asks for it, one row at a time (an inner loop: a refresh then
+    costs nothing to rows that need none, and the cache is updated in place), then one window step for all rows.
+    Returns the last carry; `rows.active` there is true only for rows that hit the cap on turns.
+    """
+    batch, length = ask.tokens.shape
+    before, after = policy.reach()
+    width = before + block + after
+    everywhere = jnp.arange(length, dtype=jnp.int32)[None, :]
+
+    def full(carry: Carry, pending: jax.Array, plan: Any) -> tuple[Carry, jax.Array]:
+        """One pending row's whole canvas: decode its block from it, and keep its K/V if the policy has a cache."""
+        b = jnp.argmax(pending)
+        rows, asked = _row(carry.rows, b), _per_row(ask, partial(_row, b=b))
+        x = family.embed(params, config, rows.tokens)
+        x, fresh = family.trunk(params, config, x, everywhere, everywhere < asked.total[:, None])
+        x = _take(x, rows.start[:, None] + jnp.arange(block)[None, :])
+        refresh = _row(plan.refresh, b)
+        rows = _decode_block(
+            rows, family.unembed(params, config, x), asked, decoder, jnp.array([True]), config.mask_id, sampled
+        )
+        rows = rows._replace(refreshes=rows.refreshes + refresh, cached_block=jnp.where(refresh, rows.block, rows.cached_block))
+        # A warm-up forward is kept too: nothing reads it before the first refresh replaces it.
+        cache = _put_row(carry.cache, fresh, b) if policy.keeps else ()
+        return carry._replace(rows=_put_row(carry.rows, rows, b), cache=cache), pending.at[b].set(False)
+
+    def window(rows: Rows, cache: tuple, running: jax.Array) -> Rows:
+        """The block and its reach for all running rows, against the cache with the window's own positions hidden."""
+        left = rows.start[:, None] - before
+        at = left + jnp.arange(width, dtype=jnp.int32)[None, :]
+        valid = (at >= 0) & (at < ask.total[:, None]) & running[:, None]
+        own = (everywhere >= left) & (everywhere < left + width)
+        visible = (everywhere < ask.total[:, None]) & ~own
+        x = family.embed(params, config, _take(rows.tokens, at))
+        x, _ = family.trunk(params, config, x, at, valid, Cache(cache, visible))
+        logits = family.unembed(params, config, x[:, before : before + block])
+        return _decode_block(rows, logits, ask, decoder, running, config.mask_id, sampled)
+
+    def turn(carry: Carry) -> Carry:
+        rows = carry.rows
+        tick = Tick(rows.iteration, rows.forwards, rows.block, rows.call, jnp.int32(config.mask_id), ask.temperature)
+        plan = policy.plan(tick, rows.cached_block)
+        carry, _ = jax.lax.while_loop(
+            lambda c: jnp.any(c[1]), lambda c: full(c[0], c[1], plan), (carry, plan.full & rows.active)
+        )
+        rows = carry.rows
+        if policy.keeps:
+            # Entered as a loop of at most one trip: turns in which every row warms up pay for no window, and unlike
+            # `lax.cond` a loop never copies what it carries.
+            rows, _ = jax.lax.while_loop(
+                lambda c: jnp.any(c[1]),
+                lambda c: (window(c[0], carry.cache, c[1]), jnp.zeros_like(c[1])),
+                (rows, plan.window & rows.active),
+            )
+        rows = _finish_blocks(rows, ask, block, config.mask_id, config.eos_id)
+        return carry._replace(rows=rows, trips=carry.trips + 1)
+
+    zero = jnp.zeros(batch, jnp.int32)
+    rows = Rows(
+        tokens=ask.tokens,
+        active=ask.start < ask.total,
+        start=ask.start,
+        block=zero,
+        iteration=zero,
+        forwards=zero,
+        refreshes=zero,
+        call=zero,
+        cached_block=zero - 1,
+        decoder=decoder.init(batch, block, config.vocab),
+    )
+    cache = family.empty_cache(params, config, batch, length) if policy.keeps else ()
+    return jax.lax.while_loop(lambda c: jnp.any(c.rows.active) & (c.trips < ask.cap), turn, Carry(rows, cache, jnp.int32(0)))
+
+
+def _per_row(ask: Request, f: Any) -> Request:
+    """Apply f to the fields of a request that have a batch axis."""
+    return Request(*(f(a) if a.ndim else a for a in ask))

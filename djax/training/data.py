@@ -1,0 +1,33 @@
+"""Problems as training batches: the chat-formatted question, then the answer, then EOS to the end of the canvas."""
+
+import random
+from typing import Any
+
+import numpy as np
+
+from djax.training import problems
+
+
+def example(tokenizer: Any, problem: problems.Problem) -> tuple[list[int], list[int]]:
+    """Prompt ids, exactly as `djax.generate` would make them, and answer ids without EOS."""
+    chat = [{"role": "user", "content": problem.question}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True)["input_ids"]
+    return prompt, tokenizer(problem.answer)["input_ids"]
+
+
+def batch(tokenizer: Any, rng: random.Random, rows: int, length: int, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """tokens int32 and response bool, both `[rows, length]`, from freshly drawn training problems.
+
+    The response runs to the end of the canvas, EOS included, so that answers learn to end. Problems that do not fit with
+    at least one EOS are passed over: a short canvas means short problems.
+    """
+    tokens = np.full((rows, length), eos_id, np.int32)
+    response = np.zeros((rows, length), bool)
+    b = 0
+    while b < rows:
+        prompt, answer = example(tokenizer, problems.draw(rng, held_out=False))
+        if len(prompt) + len(answer) < length:
+            tokens[b, : len(prompt) + len(answer)] = prompt + answer
+            response[b, len(prompt) :] = True
+            b += 1
+    return tokens, response
