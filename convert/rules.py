@@ -15,7 +15,6 @@ import numpy as np
 from djax.errors import CheckpointError
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-_SHOWN = 20
 
 Path = tuple[str, ...]
 
@@ -72,13 +71,12 @@ def check(found: Mapping[str, tuple[tuple[int, ...], str]], rules: list[Rule], l
     filled = Counter()
     for rule in rules:
         filled[rule.target] += math.prod(rule.shape)
-    for path in {*leaves, *filled}:
+    for path in sorted({*leaves, *filled}):
         size = math.prod(leaves[path]) if path in leaves else 0
         if filled[path] != size:
             wrong.append(f"rule table: parameter {'.'.join(path)} has {size} elements, rules fill {filled[path]}")
     if wrong:
-        more = [f"... and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
-        raise CheckpointError("\n  ".join([f"{len(wrong)} problems with the checkpoint's tensors:", *wrong[:_SHOWN], *more]))
+        raise CheckpointError("\n  ".join([f"{len(wrong)} problems with the checkpoint's tensors:", *wrong]))
 
 
 def load(

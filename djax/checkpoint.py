@@ -203,7 +203,7 @@ def save(model: Model, directory: str | os.PathLike) -> None:
     from orbax.checkpoint.experimental import v1 as orbax
 
     with _new_directory(directory) as partial:
-        orbax.save_pytree(partial.resolve() / ORBAX, model.params)
+        orbax.save(partial.resolve() / ORBAX, model.params)
         _write_description(model, partial)
         manifest = {"family": _name(model.family), "dtype": str(model.params["embedding"].dtype), "stored": dict(model.stored)}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -218,7 +218,7 @@ def _restore(directory: Path, family: ModuleType, config: Any, dtype: str | None
     flat = _shapes(family, config, saved)
     wanted = {path: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device) for path, a in flat.items()}
     try:
-        params = orbax.load_pytree(directory.resolve() / ORBAX, traverse_util.unflatten_dict(wanted))
+        params = orbax.load(directory.resolve() / ORBAX, traverse_util.unflatten_dict(wanted))
     except Exception as error:  # Orbax raises many kinds for a damaged directory; all mean the same to a user
         raise CheckpointError(f"{directory}: the Orbax checkpoint cannot be restored: {error}") from error
     target = DTYPES[dtype] if dtype is not None else saved

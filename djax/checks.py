@@ -10,10 +10,14 @@ from djax.errors import OptionError
 
 
 def number(plug: Any, field: str, *, above: float | None = None, at_least: float | None = None) -> None:
-    """Check a numeric field of a plug in its `__post_init__`. Traced values pass: they were checked outside."""
+    """Check a real field of a plug in its `__post_init__`, and store it as a float: 2 and 2.0 must not compile apart.
+
+    Traced values pass: they were checked outside.
+    """
     value = getattr(plug, field)
     if not _inside_jax(value):
-        real_number(value, f"{type(plug).__name__}({field}=...)", above=above, at_least=at_least)
+        value = real_number(value, f"{type(plug).__name__}({field}=...)", above=above, at_least=at_least)
+        object.__setattr__(plug, field, value)
 
 
 def real_number(value: Any, name: str, *, above: float | None = None, at_least: float | None = None) -> float:

@@ -138,7 +138,7 @@ def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 
     keep = orbax.preservation_policies.LatestN(2)
     with orbax.Checkpointer((directory / "checkpoints").resolve(), preservation_policy=keep) as saved:
         if saved.latest is not None:
-            state = saved.load_pytree(saved.latest.step, state)
+            state = saved.load(saved.latest.step, state)
         first, static = int(state.step), _Hashable(run)
         columns = ("{task.description}", "loss {task.fields[loss]:.4f}", "{task.fields[rate]:,.0f} tokens/s")
         bar = Progress(*map(TextColumn, columns), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -160,7 +160,7 @@ def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 
                     bar.update(task, completed=done, loss=loss, rate=seen / seconds)
                     losses = []
                 if done % save_every == 0 or done == run.steps:
-                    saved.save_pytree(done, state)
+                    saved.save(done, state)
     # bfloat16 on disk halves the shipped file; it is what every published LLaDA-MoE uses.
     stored = dict.fromkeys(checkpoint.hf_names(family, config), "BF16")
     model = Model(family, config, state.params, words, hf, stored)

@@ -1,0 +1,39 @@
+"""Shared by all tests: strict jax settings, the recorded data, tiny models, one compile cache a session."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+def pytest_configure(config):
+    # One cache for this process and for the commands that tests start, kept between sessions: compiling is what
+    # the suite spends its time on.
+    cache = Path(config.rootpath) / ".pytest_cache" / "xla"
+    os.environ["DJAX_COMPILE_CACHE"] = str(cache)
+    import jax
+
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def moe_a():
+    import djax
+
+    return djax.load(GOLDENS / "moe_a")
+
+
+@pytest.fixture(scope="session")
+def moe_b():
+    import djax
+
+    return djax.load(GOLDENS / "moe_b")
+
+
+@pytest.fixture(scope="session")
+def small():
+    import djax
+
+    return djax.load()

@@ -1,0 +1,66 @@
+"""Whole decodes against dInfer's: the canvas, the forwards and the refreshes of every trace that is recorded as exact.
+
+A failure here means that djax no longer gives dInfer's tokens. It is never mended by editing the data.
+"""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import GOLDENS
+
+import djax
+
+CLEAN = json.loads((GOLDENS / "clean.json").read_text())
+
+
+def policy(settings):
+    every = settings.get("cache_update_freq")
+    if settings["algo"] == "vicinity":
+        return djax.Vicinity(settings["prefix_look"], settings["after_look"], settings["warmup_steps"], every)
+    return {"none": None, "dual": djax.Dual(every)}[settings["cache"]]
+
+
+def traces(kind):
+    for family in ("moe_blockwise", "moe_vicinity"):
+        for trace in json.loads((GOLDENS / f"{family}.json").read_text())["traces"]:
+            settings = trace["settings"]
+            covered = settings["decoder"] == "threshold" and settings["cache"] in ("none", "dual")
+            if covered and not settings.get("use_shift") and trace["id"] in CLEAN[family][kind]:
+                yield pytest.param(family, trace, id=f"{family}-{trace['id']}")
+
+
+def replay(family, trace, request):
+    settings = trace["settings"]
+    data = np.load(GOLDENS / f"{family}.npz")
+    out = djax.generate(
+        request.getfixturevalue(settings["model"]),
+        data[f"{trace['id']}/prompt"][0].astype(int).tolist(),
+        gen_length=settings["gen_length"],
+        block_length=settings["block_length"],
+        decoder=djax.Threshold(settings["threshold"]),
+        cache=policy(settings),
+        early_stop=settings["early_stop"],
+        align_blocks=settings["start_block_align"],
+    )
+    return out, data[f"{trace['id']}/final"][0]
+
+
+@pytest.mark.parametrize(("family", "trace"), list(traces("exact")))
+def test_exact(family, trace, request):
+    out, final = replay(family, trace, request)
+    np.testing.assert_array_equal(out.canvas, final)
+    assert (out.forwards, out.refreshes) == (trace["num_forwards"], trace["cache_updates"])
+
+
+@pytest.mark.parametrize(("family", "trace"), list(traces("tokens_only")))
+def test_tokens_only(family, trace, request):
+    """dInfer ran forwards on finished blocks here (loop unrolling), which a loop on the device has no need of."""
+    out, final = replay(family, trace, request)
+    np.testing.assert_array_equal(out.canvas, final)
+    assert out.forwards <= trace["num_forwards"]
+
+
+def test_the_traces_are_there():
+    assert len(list(traces("exact"))) == 15
+    assert len(list(traces("tokens_only"))) == 4

@@ -1,0 +1,68 @@
+"""The expert layer's back ends and their gradients against the plain per-token form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from djax.models import moe
+
+TOKENS, WIDTH, EXPERTS, EXPERT_WIDTH, TOP = 70, 16, 6, 12, 2
+
+
+def layer(seed=0):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    x = jax.random.normal(keys[0], (TOKENS, WIDTH))
+    router = jax.random.normal(keys[1], (WIDTH, EXPERTS))
+    w_in = jax.random.normal(keys[2], (EXPERTS, WIDTH, 2 * EXPERT_WIDTH))
+    w_out = jax.random.normal(keys[3], (EXPERTS, EXPERT_WIDTH, WIDTH))
+    return x, router, w_in, w_out
+
+
+CHOICES = {
+    "routed": lambda ids: ids,
+    "all to one expert": lambda ids: jnp.stack([jnp.full(TOKENS, 3), jnp.full(TOKENS, 1)], axis=1).astype(jnp.int32),
+    "an expert without tokens": lambda ids: jnp.where(ids == 0, 5, ids),
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("back_end", [moe.dense, moe.grouped, moe.experts])
+def test_back_ends_equal_the_plain_form_and_its_gradients(back_end, choice):
+    x, router, w_in, w_out = layer()
+    weights, ids, _ = moe.route(x, router, TOP, renormalise=False)
+    ids = CHOICES[choice](ids)
+    valid = jnp.arange(TOKENS) < TOKENS - 7
+
+    def value_and_gradients(f):
+        def loss(x, weights, w_in, w_out):
+            return jnp.sum(jnp.where(valid[:, None], f(x, weights, ids, w_in, w_out, valid), 0) ** 2)
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2, 3))(x, weights, w_in, w_out)
+
+    for got, expected in zip(
+        jax.tree.leaves(value_and_gradients(back_end)), jax.tree.leaves(value_and_gradients(moe.plain)), strict=True
+    ):
+        np.testing.assert_allclose(got, expected, atol=2e-5 * float(jnp.max(jnp.abs(expected))))
+
+
+def test_many_tiles_a_group():
+    """More rows an expert than the widest tile holds."""
+    x, router, w_in, w_out = layer()
+    x = jnp.tile(x, (20, 1)) + jnp.arange(20 * TOKENS)[:, None] * 1e-3
+    weights, ids, _ = moe.route(x, router, TOP, renormalise=False)
+    valid = jnp.ones(len(x), bool)
+    got = moe.grouped(x, weights, ids, w_in, w_out, valid)
+    expected = moe.dense(x, weights, ids, w_in, w_out, valid)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * float(jnp.max(jnp.abs(expected))))
+
+
+def test_router_weights():
+    x, router, *_ = layer()
+    weights, ids, probs = moe.route(x.astype(jnp.bfloat16), router, TOP, renormalise=False)
+    assert (weights.dtype, ids.dtype) == (jnp.float32, jnp.int32)
+    np.testing.assert_allclose(probs.sum(axis=-1), 1, atol=1e-6)
+    np.testing.assert_array_equal(weights, np.sort(probs, axis=-1)[:, ::-1][:, :TOP])
+    assert float(weights.sum(axis=-1).max()) < 1
+    renormalised, *_ = moe.route(x, router, TOP, renormalise=True)
+    np.testing.assert_allclose(renormalised.sum(axis=-1), 1, atol=1e-6)

@@ -1,0 +1,163 @@
+"""Bad input at the public door: a typed error that names the argument, what came and what would work."""
+
+import re
+import sys
+
+import numpy as np
+import pytest
+
+import djax
+from djax.errors import BatchError, CanvasError, OptionError, PromptError
+from djax.plugs import parse
+
+IDS = [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(gen_length=0), "gen_length: expected a whole number, at least 1, got 0"),
+        (dict(gen_length=-3), "gen_length: .* got -3"),
+        (dict(gen_length=1.5), "gen_length: .* got 1.5 of type float"),
+        (dict(gen_length=True), "gen_length: .* got True of type bool"),
+        (dict(block_length=0), "block_length: expected a whole number, at least 1, got 0"),
+        (dict(block_length="32"), "block_length: .* got '32' of type str"),
+        (dict(temperature=-0.1), "temperature: expected a finite number at least 0.0, got -0.1"),
+        (dict(temperature=float("nan")), "temperature: .* got nan"),
+        (dict(seed=-1), "seed: expected a whole number, at least 0 and at most 4294967295, got -1"),
+        (dict(seed=2**32), "seed: .* got 4294967296"),
+        (dict(early_stop="yes"), "early_stop: expected True or False, got 'yes'"),
+        (dict(align_blocks=1), "align_blocks: expected True or False, got 1"),
+        (dict(max_batch=0), "max_batch: expected a whole number, at least 1, got 0"),
+        (dict(decoder="threshold"), r"decoder: expected one of djax.Fixed\(...\), djax.Threshold\(...\), got 'threshold'"),
+        (dict(decoder=djax.Threshold), "decoder: expected one of .* got <class"),
+        (dict(cache=djax.Threshold()), r"cache: expected one of djax.Dual\(...\), djax.Vicinity\(...\) or None, got"),
+    ],
+)
+def test_options(moe_a, options, message):
+    with pytest.raises(OptionError, match=message):
+        djax.generate(moe_a, IDS, **options)
+
+
+def test_unknown_options_are_errors(moe_a):
+    with pytest.raises(TypeError, match="steps"):
+        djax.generate(moe_a, IDS, steps=4)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: djax.Threshold(0), r"Threshold\(tau=...\): expected a finite number above 0.0, got 0"),
+        (lambda: djax.Threshold(-1.0), "got -1.0"),
+        (lambda: djax.Threshold(float("nan")), "got nan"),
+        (lambda: djax.Threshold(float("inf")), "got inf"),
+        (lambda: djax.Threshold("0.9"), "got '0.9' of type str"),
+        (lambda: djax.Threshold(None), "got None of type NoneType"),
+        (lambda: djax.Fixed(0), r"Fixed\(per_step=...\): expected a whole number, at least 1, got 0"),
+        (lambda: djax.Fixed(1.0), "got 1.0 of type float"),
+        (lambda: djax.Dual(every=0), r"Dual\(every=...\): .* got 0"),
+        (lambda: djax.Vicinity(before=-1), r"Vicinity\(before=...\): .* got -1"),
+        (lambda: djax.Vicinity(warmup=0.5), r"Vicinity\(warmup=...\): .* got 0.5"),
+        (lambda: djax.Vicinity(every="4"), r"Vicinity\(every=...\): .* got '4'"),
+    ],
+)
+def test_plugs(make, message):
+    with pytest.raises(OptionError, match=message):
+        make()
+
+
+def test_a_threshold_above_one_is_legal():
+    assert djax.Threshold(1.5).tau == 1.5
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([], "expected a string, a list of strings.* got an empty list"),
+        ([[]], "prompt 0: expected at least one token, got an empty prompt"),
+        ([IDS, []], "prompt 1: expected at least one token"),
+        (np.zeros((2, 0), int), "prompt 0: expected at least one token"),
+        ([1, 320], "prompt 0: expected token ids from 0 to 319, got 320"),
+        ([IDS, [-1]], "prompt 1: expected token ids from 0 to 319, got -1"),
+        ([5, 318, 7], r"prompt 0: contains the mask token \(318\)"),
+        ([1, "two"], "expected a string, .* got a list of .*int.*str"),
+        ([1.5, 2.5], "expected a string, .* got a list of .*float"),
+        (np.array([1.5]), "expected token ids as integers of shape .*float64"),
+        (np.zeros((1, 1, 1), int), r"got an array of shape \(1, 1, 1\)"),
+        (7, "expected a string, .* got int"),
+        ("text", "this checkpoint has no tokenizer.json"),
+    ],
+)
+def test_prompts(moe_a, prompts, message):
+    with pytest.raises(PromptError, match=message):
+        djax.generate(moe_a, prompts)
+
+
+def test_the_forms_of_a_prompt(moe_a):
+    options = dict(gen_length=16, block_length=16)
+    one = djax.generate(moe_a, IDS, **options)
+    assert isinstance(one, djax.Generation)
+    assert one.text is None
+    for same in (np.array(IDS), np.array(IDS, np.int64), tuple(IDS)):
+        np.testing.assert_array_equal(djax.generate(moe_a, same, **options).canvas, one.canvas)
+    for many in ([IDS], np.array([IDS]), [np.array(IDS)], (tuple(IDS),)):
+        (row,) = djax.generate(moe_a, many, **options)
+        np.testing.assert_array_equal(row.canvas, one.canvas)
+
+
+def test_canvas_longer_than_the_model(moe_a):
+    with pytest.raises(CanvasError, match=r"3 tokens \+ gen_length 8190 = 8193 positions, .* has 8192; .* 8189 at most"):
+        djax.generate(moe_a, IDS, gen_length=8190)
+
+
+def test_a_batch_that_does_not_fit(moe_a, monkeypatch):
+    # The function `djax.generate` hides the module of that name.
+    monkeypatch.setattr(sys.modules["djax.generate"], "device_memory", lambda: 2**20)
+    with pytest.raises(BatchError, match=r"8 prompts on a canvas of 192 .*pass max_batch"):
+        djax.generate(moe_a, [IDS] * 8, cache=djax.Dual())
+
+
+def test_logits_checks_its_tokens(moe_a):
+    for tokens, message in (
+        (IDS, r"expected integers of shape \[B, L\]"),
+        ([[1.0]], r"expected integers of shape \[B, L\]"),
+        ([[400]], "ids from 0 to 319"),
+    ):
+        with pytest.raises(PromptError, match=message):
+            djax.logits(moe_a, tokens)
+    with pytest.raises(PromptError, match="lengths: expected 1 integers from 1 to 3, got"):
+        djax.logits(moe_a, [IDS], lengths=[4])
+
+
+REGISTRY = {"threshold": djax.Threshold, "vicinity": djax.Vicinity}
+
+
+@pytest.mark.parametrize(
+    ("text", "plug"),
+    [
+        ("Threshold(0.8)", djax.Threshold(0.8)),
+        ("threshold", djax.Threshold()),
+        ("Vicinity(8, after=4, every=None)", djax.Vicinity(8, 4)),
+        (repr(djax.Vicinity(1, 2, 3, 4)), djax.Vicinity(1, 2, 3, 4)),
+    ],
+)
+def test_plugs_as_text(text, plug):
+    assert parse(text, REGISTRY, "--decoder") == plug
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("treshold", "--decoder: unknown 'treshold'; there are: threshold, vicinity"),
+        ("Threshold(0.9, per_step=2)", "--decoder: Threshold(0.9, per_step=2) does not fit Threshold(tau=0.9)"),
+        ("Threshold(0.9, 1)", "does not fit Threshold(tau=0.9)"),
+        ("Threshold(0.9, tau=1)", "does not fit"),
+        ("Threshold(", "--decoder: cannot read 'Threshold('; write it like Threshold(tau=0.9) or"),
+        ("__import__('os').getcwd()", "--decoder: cannot read"),
+        ("Threshold(open)", "--decoder: unknown 'open'"),
+        ("Threshold('a')", "got 'a' of type str"),
+    ],
+)
+def test_bad_plugs_as_text(text, message):
+    with pytest.raises(OptionError, match=re.escape(message)):
+        parse(text, REGISTRY, "--decoder")

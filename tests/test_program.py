@@ -1,0 +1,197 @@
+"""Laws of the one program: rows never wait or look, nothing recompiles, everything stays on the device."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import djax
+from djax.caching import CACHES, Uncached
+from djax.errors import TripCapError
+from djax.generate import _as_leaf, _request, program
+
+POLICIES = {
+    "none": [None],
+    "dual": [djax.Dual(), djax.Dual(every=3)],
+    "vicinity": [djax.Vicinity(4, 4, warmup=2), djax.Vicinity(8, 0, warmup=0, every=3)],
+}
+CACHED = [policy for name in CACHES for policy in POLICIES[name]]
+EVERYTHING = dict(gen_length=32, block_length=16)
+
+
+def prompts(seed, lengths=(5, 17, 30)):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 300, n).tolist() for n in lengths]
+
+
+def facts(out):
+    return out.canvas.tolist(), out.forwards, out.refreshes
+
+
+@pytest.mark.parametrize(
+    ("decoder", "cache"),
+    [(djax.Threshold(0.4), cache) for cache in CACHED] + [(djax.Fixed(3), djax.Vicinity(4, 4, warmup=2))],
+    ids=repr,
+)
+def test_a_batch_gives_each_row_what_it_gets_alone(moe_a, cache, decoder):
+    for seed in range(3):
+        many = prompts(seed)
+        options = dict(EVERYTHING, decoder=decoder, cache=cache)
+        alone = [facts(djax.generate(moe_a, p, **options)) for p in many]
+        assert [facts(o) for o in djax.generate(moe_a, many, **options)] == alone
+        assert [facts(o) for o in djax.generate(moe_a, many[::-1], **options)] == alone[::-1]
+        assert [facts(o) for o in djax.generate(moe_a, many, max_batch=2, **options)] == alone
+
+
+def test_rows_really_take_different_ways(moe_a):
+    """The batch law would say little if all rows did the same."""
+    rows = djax.generate(moe_a, prompts(0), decoder=djax.Threshold(0.4), cache=djax.Dual(), **EVERYTHING)
+    assert len({o.forwards for o in rows}) > 1
+
+
+def test_sampling_draws_what_the_row_draws_alone(moe_a):
+    many = prompts(1)
+    options = dict(EVERYTHING, temperature=0.8, seed=3)
+    alone = [facts(djax.generate(moe_a, p, **options)) for p in many]
+    assert [facts(o) for o in djax.generate(moe_a, many, **options)] == alone
+    assert facts(djax.generate(moe_a, many[0], **options)) == alone[0]
+    assert facts(djax.generate(moe_a, many[0], **dict(options, seed=4))) != alone[0]
+
+
+def test_vicinity_without_reach_or_warmup_is_dual(moe_a):
+    for prompt in prompts(2):
+        options = dict(EVERYTHING, decoder=djax.Threshold(0.4))
+        dual = djax.generate(moe_a, prompt, cache=djax.Dual(), **options)
+        vicinity = djax.generate(moe_a, prompt, cache=djax.Vicinity(0, 0, warmup=0), **options)
+        assert facts(dual) == facts(vicinity)
+
+
+def test_a_threshold_above_one_takes_one_token_a_forward(moe_a):
+    """Up to dInfer's slack of 1e-5, which random weights do not come near."""
+    for prompt in prompts(4):
+        over = djax.generate(moe_a, prompt, decoder=djax.Threshold(1.5), early_stop=False, **EVERYTHING)
+        one = djax.generate(moe_a, prompt, decoder=djax.Fixed(1), early_stop=False, **EVERYTHING)
+        assert facts(over) == facts(one)
+        assert one.forwards == 32
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_no_mask_is_ever_returned(moe_a, early_stop):
+    for seed in range(4):
+        for out in djax.generate(moe_a, prompts(seed), decoder=djax.Threshold(0.2), early_stop=early_stop, **EVERYTHING):
+            assert moe_a.config.mask_id not in out.canvas
+            assert moe_a.config.eos_id not in out.tokens
+
+
+def test_early_stop_fills_the_rest_with_eos(moe_b):
+    """A prompt on which this checkpoint says EOS in its first block (found by search, fixed by seed)."""
+    eos = moe_b.config.eos_id
+    for seed in range(60):
+        prompt = np.random.default_rng(seed).integers(0, 500, 17).tolist()
+        stopped = djax.generate(moe_b, prompt, early_stop=True, **EVERYTHING)
+        # Blocks end at 32 and 48 on this canvas of 49.
+        if eos in stopped.canvas[17:32]:
+            break
+    else:
+        pytest.fail("no seed says EOS in the first block")
+    assert np.all(stopped.canvas[32:] == eos)
+    whole = djax.generate(moe_b, prompt, early_stop=False, **EVERYTHING)
+    assert whole.forwards > stopped.forwards
+    np.testing.assert_array_equal(whole.canvas[:32], stopped.canvas[:32])
+    np.testing.assert_array_equal(stopped.tokens, whole.tokens)
+
+
+def test_eos_in_the_prompt_does_not_stop(moe_a):
+    """dInfer stops here when the aligned first block holds it (README, deviations)."""
+    prompt = [3, 4, moe_a.config.eos_id, 6, 7]
+    out = djax.generate(moe_a, prompt, gen_length=60, block_length=16, decoder=djax.Fixed(4))
+    if moe_a.config.eos_id not in out.canvas[5:16]:
+        assert np.any(out.canvas[16:] != moe_a.config.eos_id)
+
+
+def test_borders_with_and_without_alignment(moe_a):
+    """17 prompt tokens, block 16: aligned blocks end at 32, 48, 49; others at 33, 49. One refresh a block tells."""
+    prompt = prompts(5)[1]
+    options = dict(EVERYTHING, cache=djax.Dual(), early_stop=False)
+    assert djax.generate(moe_a, prompt, align_blocks=True, **options).refreshes == 3
+    assert djax.generate(moe_a, prompt, align_blocks=False, **options).refreshes == 2
+
+
+# --- facts about the compiled program
+
+
+class Compilations:
+    """Counts backend compilations while it is open."""
+
+    def __enter__(self):
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def _listen(self, event, seconds, **kwargs):
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+    def __exit__(self, *error):
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+
+
+def test_one_executable_a_call_and_none_for_what_is_traced(moe_b):
+    """Another prompt length in the bucket, generation length, threshold, seed, early stop: all traced."""
+    options = dict(gen_length=20, block_length=10, cache=djax.Dual(every=7))
+    with Compilations() as first:
+        out = djax.generate(moe_b, list(range(11)), **options)
+    assert first.count == 1
+    assert out.timing.compile > 0
+    with Compilations() as more:
+        for n, gen_length, tau in ((12, 20, 0.9), (30, 20, 0.8), (3, 33, 0.7), (40, 24, 2)):
+            options = dict(gen_length=gen_length, block_length=10, cache=djax.Dual(every=n))
+            again = djax.generate(moe_b, list(range(n)), decoder=djax.Threshold(tau), early_stop=n == 3, **options)
+            assert again.timing.compile == 0
+        djax.generate(moe_b, list(range(50)), gen_length=20, block_length=10, cache=djax.Dual(every=2))
+    assert more.count == 1, "only the last one lies in another bucket of canvas lengths"
+
+
+def compiled(model, cache, rows=2, temperature=0.0):
+    ask = _request(prompts(0)[:rows], rows, 32, 16, model.config, 0, temperature, True, True)
+    plugs = jax.tree.map(_as_leaf, (djax.Threshold(), Uncached() if cache is None else cache))
+    return program(model, ask, *plugs, 16)[0].as_text()
+
+
+@pytest.mark.parametrize("cache", [None, djax.Dual(), djax.Vicinity(4, 4, warmup=2)], ids=repr)
+def test_the_loop_is_inside_and_nothing_leaves_the_device(moe_a, cache):
+    text = compiled(moe_a, cache)
+    assert len(re.findall(r"^ENTRY ", text, re.M)) == 1
+    entry = text[text.index("ENTRY ") :]
+    assert len(re.findall(r" while\(", entry)) == 1, "one loop, from the first forward to the last token"
+    for name in ("infeed", "outfeed", " send(", " recv(", "callback", "SendToHost", "RecvFromHost"):
+        assert name not in text
+
+
+def test_a_window_step_copies_no_cache(moe_a):
+    """Keys and values live in the carry and are read where they are: no copy of their shape outside the entry."""
+    text = compiled(moe_a, djax.Vicinity(4, 4, warmup=2))
+    c = moe_a.config
+    shape = f"f32[2,64,{c.groups},{c.head_dim}]"
+    body = text[: text.index("ENTRY ")]
+    assert shape in body
+    assert not re.findall(rf"= {re.escape(shape)}\S* copy\(", body)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stubborn:
+    """Breaks the law of progress."""
+
+    def init(self, rows, block, vocab):
+        return ()
+
+    def step(self, state, logits, masked, tick, key):
+        return state, jnp.zeros(masked.shape, jnp.int32), jnp.zeros(masked.shape, bool)
+
+
+def test_the_cap_ends_a_decoder_that_makes_no_progress(moe_a):
+    with pytest.raises(TripCapError, match=r"rows \[0\] still hold masks after 32 turns.*Stubborn"):
+        djax.generate(moe_a, [1, 2, 3], decoder=Stubborn(), **EVERYTHING)
