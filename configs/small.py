@@ -28,5 +28,6 @@ RUN = Run(
         "router_aux_loss_coef": 0.01,
         "torch_dtype": "float32",
     },
-    stages=(Stage(until=1500, length=128), Stage(until=4500, length=192)),
+    stages=(Stage(until=1500, lengths=(128,)), Stage(until=4300, lengths=(128, 160, 192, 192, 256))),
+    cooldown=1200,
 )

@@ -24,10 +24,13 @@ from djax.training import data, objective, tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Train until `until` steps on canvases of `length` tokens; a shorter canvas holds only shorter problems."""
+    """Train until `until` steps on canvases of these lengths, one drawn a step; a short canvas holds only short problems.
+
+    Rotary positions do not stretch to canvases much longer than the longest one trained on.
+    """
 
     until: int
-    length: int
+    lengths: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +60,8 @@ class Run:
     def steps(self) -> int:
         return self.stages[-1].until
 
-    def length(self, step: int) -> int:
-        return next(s.length for s in self.stages if step < s.until)
+    def length(self, step: int, rng: random.Random) -> int:
+        return rng.choice(next(s.lengths for s in self.stages if step < s.until))
 
 
 class State(NamedTuple):
@@ -147,7 +150,7 @@ def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 
             began, seen, losses = time.perf_counter(), 0, []
             for step in range(first, run.steps):
                 rng = random.Random(f"train {run.seed} {step}")
-                tokens, response = data.batch(words, rng, run.rows, run.length(step), config.eos_id)
+                tokens, response = data.batch(words, rng, run.rows, run.length(step, rng), config.eos_id)
                 state, parts = train_step(state, tokens, response, family=family, config=config, run=static)
                 losses.append(parts["diffusion"])
                 seen += tokens.size

@@ -1,0 +1,60 @@
+"""Which way imports point. Data walks text -> tokens -> model -> decoder -> text, and so do these arrows."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# Each package may import, of djax, only from these (and from itself).
+ALLOWED = {
+    "djax/errors.py": (),
+    "djax/checks.py": ("errors",),
+    "djax/compilation.py": ("errors",),
+    "djax/text.py": ("errors",),
+    "djax/models": ("errors", "models"),
+    "djax/decoding": ("checks", "decoding"),
+    "djax/caching": ("checks", "caching", "decoding.contract"),
+    "djax/plugs.py": ("errors",),
+    "convert": ("errors", "convert"),
+    "djax/model.py": ("errors", "compilation"),
+    "djax/program.py": ("caching.contract", "decoding.contract", "models.layers"),
+    "djax/checkpoint.py": ("errors", "text", "convert", "model", "models"),
+}
+
+
+def imported(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names if node.module == "djax")
+
+
+def test_the_arrows():
+    for place, allowed in ALLOWED.items():
+        files = [ROOT / place] if place.endswith(".py") else sorted((ROOT / place).rglob("*.py"))
+        assert files, place
+        for file in files:
+            for name in imported(file):
+                if name.startswith("djax."):
+                    target = name.removeprefix("djax.")
+                    assert target.startswith(allowed), f"{file.relative_to(ROOT)} imports {name}"
+
+
+def test_flax_lives_in_models_and_where_trees_are_read():
+    users = {f.relative_to(ROOT).as_posix() for f in (ROOT / "djax").rglob("*.py") if any("flax" in n for n in imported(f))}
+    assert users == {"djax/models/llada_moe.py", "djax/checkpoint.py"}
+
+
+def test_djax_needs_no_torch():
+    code = "import sys; sys.modules['torch'] = None; import djax; djax.load(); print('torch' in str(sys.modules.get('torch')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_torch_or_pickle_in_the_source():
+    for file in [*(ROOT / "djax").rglob("*.py"), *(ROOT / "convert").rglob("*.py")]:
+        assert not {"torch", "pickle"} & {n.split(".")[0] for n in imported(file)}, file
+        assert "trust_remote_code=True" not in file.read_text()

@@ -1,0 +1,167 @@
+"""The trainer: its problems, tokenizer, objective, and that an interrupted run equals an uninterrupted one."""
+
+import dataclasses
+import json
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import djax
+from djax.configs.small import RUN
+from djax.errors import OptionError
+from djax.training import data, objective, problems
+from djax.training.evaluate import evaluate, wilson
+from djax.training.train import Stage, train
+
+
+def test_problems_are_right_and_told_apart():
+    rng = random.Random(0)
+    drawn = [problems.draw(rng, held_out=False) for _ in range(2000)]
+    assert {p.steps for p in drawn} == {2, 3, 4, 5, 6}
+    for p in drawn:
+        assert not p.held_out
+        assert problems.stated_result(p.answer) == p.result
+        calculations = [c.split("=") for c in p.answer.replace(",", " ").replace(".", " ").split() if "=" in c]
+        assert len(calculations) == p.steps
+        assert all(eval(left) == int(right) for left, right in calculations)
+        assert 0 < p.result <= problems.LIMIT
+    held = problems.held_out(300)
+    assert all(p.held_out for p in held)
+    assert len({p.question for p in held}) == 300
+    assert held == problems.held_out(300)
+    assert held[:100] != problems.held_out(100, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "result"), [("so 1+1=2.\n#### 2", 2), ("#### 1 #### 37", 37), ("#### ", None), ("no", None), ("####-4", -4)]
+)
+def test_stated_result(text, result):
+    assert problems.stated_result(text) == result
+
+
+def test_answers_take_40_to_120_tokens(small):
+    rng = random.Random(1)
+    lengths = [len(data.example(small.tokenizer, problems.draw(rng, held_out=False))[1]) for _ in range(2000)]
+    assert min(lengths) >= 35
+    assert max(lengths) <= 125
+    assert np.mean([40 <= n <= 120 for n in lengths]) > 0.98
+
+
+def test_tokenizer(small):
+    words = small.tokenizer
+    assert words.convert_ids_to_tokens(words("12+345")["input_ids"]) == ["1", "2", "+", "3", "4", "5"]
+    text = "Größe: naïve 東京 🙂 #### 17\n"
+    assert words.decode(words(text)["input_ids"]) == text
+    chat = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    shown = words.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert shown == "<role>SYSTEM</role>a<|role_end|><role>HUMAN</role>b<|role_end|><role>ASSISTANT</role>"
+    assert (words.mask_token_id, words.eos_token_id) == (small.config.mask_id, small.config.eos_id)
+
+
+def test_batches(small):
+    tokens, response = data.batch(small.tokenizer, random.Random(0), 8, 192, small.config.eos_id)
+    assert tokens.shape == response.shape == (8, 192)
+    for row, answer in zip(tokens, response, strict=True):
+        start = int(answer.argmax())
+        assert answer[start:].all(), "the response runs to the end, so that EOS is learned"
+        assert row[-1] == small.config.eos_id
+        text = small.tokenizer.decode(row[start:], skip_special_tokens=True)
+        assert problems.stated_result(text) is not None
+        assert small.tokenizer.decode(row[:start]).endswith("<role>ASSISTANT</role>")
+
+
+def test_corrupt_masks_only_the_response_at_the_drawn_ratio():
+    tokens = jnp.ones((64, 2000), jnp.int32)
+    response = jnp.broadcast_to(jnp.arange(2000) >= 500, tokens.shape)
+    noisy, masked, t = objective.corrupt(jax.random.key(0), tokens, response, mask_id=7)
+    assert not np.any(masked[:, :500])
+    np.testing.assert_array_equal(noisy == 7, masked)
+    np.testing.assert_allclose(masked[:, 500:].mean(axis=1), t[:, 0], atol=0.06)
+    ratios = np.sort(np.asarray(t)[:, 0])
+    assert ratios[0] > 0
+    assert ratios[-1] <= 1
+    np.testing.assert_allclose(ratios, (np.arange(64) + 0.5) / 64, atol=0.02), "one row in each slice"
+
+
+def test_diffusion_loss_by_loop():
+    rng = np.random.default_rng(0)
+    logits, tokens = rng.normal(size=(2, 5, 7)).astype(np.float32), rng.integers(0, 7, (2, 5))
+    masked, t = rng.random((2, 5)) < 0.5, np.array([[0.3], [0.8]], np.float32)
+    response = masked | (rng.random((2, 5)) < 0.5)
+    total = 0.0
+    for b in range(2):
+        for s in range(5):
+            if masked[b, s]:
+                p = np.exp(logits[b, s]) / np.exp(logits[b, s]).sum()
+                total += -np.log(p[tokens[b, s]]) / t[b, 0]
+    got = objective.diffusion_loss(*map(jnp.asarray, (logits, tokens, masked, response, t)))
+    np.testing.assert_allclose(got, total / response.sum(), rtol=1e-5)
+
+
+def test_balance_loss_is_one_when_even_and_the_number_of_experts_when_not():
+    even = jnp.full((6, 3), 1 / 3), jnp.arange(6, dtype=jnp.int32).reshape(6, 1) % 3
+    one = jax.nn.one_hot(jnp.zeros(6, jnp.int32), 3), jnp.zeros((6, 1), jnp.int32)
+    np.testing.assert_allclose(objective.balance_loss([even]), 1, rtol=1e-6)
+    np.testing.assert_allclose(objective.balance_loss([one, one]), 3, rtol=1e-6)
+
+
+TINY = dataclasses.replace(
+    RUN,
+    architecture=RUN.architecture
+    | {"hidden_size": 32, "num_hidden_layers": 1, "num_experts": 4, "expert_intermediate_size": 16},
+    stages=(Stage(until=6, lengths=(96,)), Stage(until=12, lengths=(96, 128))),
+    rows=4,
+    warmup=2,
+    cooldown=4,
+)
+
+
+def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
+    whole = train(TINY, tmp_path / "whole", log_every=4)
+
+    class Killed(Exception):
+        pass
+
+    original, calls = data.batch, []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 8:
+            raise Killed
+        return original(*args)
+
+    monkeypatch.setattr("djax.training.train.data.batch", killed)
+    with pytest.raises(Killed):
+        train(TINY, tmp_path / "parts", save_every=4)
+    monkeypatch.setattr("djax.training.train.data.batch", original)
+    parts = train(TINY, tmp_path / "parts", save_every=4)
+    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(parts.params), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+    log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == [4, 8, 12]
+    assert log[-1]["loss"] < log[0]["loss"]
+    with pytest.raises(OptionError, match="this run is finished"):
+        train(TINY, tmp_path / "whole")
+
+
+def test_the_shipped_model(small):
+    """Small enough to ship, of the published configuration, and it answers."""
+    from djax.checkpoint import SHIPPED
+
+    assert sum(f.stat().st_size for f in SHIPPED.iterdir()) <= 8_000_000
+    assert small.parameter_count > 1_000_000
+    shape = json.loads((SHIPPED / "config.json").read_text())
+    assert RUN.architecture.items() <= shape.items()
+    report = evaluate(small, problems.held_out(30), decoder=djax.Threshold(0.9), cache=djax.Dual())
+    assert report.accuracy >= 0.75, f"the full figures are in configs/small.py; here {report}"
+    assert report.tokens_per_forward > 2
+
+
+def test_wilson():
+    low, high = wilson(450, 500)
+    assert (round(low, 3), round(high, 3)) == (0.871, 0.923)
+    assert wilson(5, 5)[1] == pytest.approx(1.0)
