@@ -28,6 +28,9 @@ RUN = Run(
         "router_aux_loss_coef": 0.01,
         "torch_dtype": "float32",
     },
-    stages=(Stage(until=1500, lengths=(128,)), Stage(until=4300, lengths=(128, 160, 192, 192, 256))),
-    cooldown=1200,
+    stages=(
+        Stage(until=1500, lengths=(96, 128), drills=0.5),
+        Stage(until=3500, lengths=(96, 128, 160, 192, 192, 256), drills=0.15),
+    ),
+    cooldown=1000,
 )

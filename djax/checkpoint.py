@@ -274,7 +274,12 @@ def _new_directory(directory: str | os.PathLike) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     try:
         yield partial
-        partial.chmod(0o755)
+        # Temporary files are private; the finished checkpoint gets the permissions any new file of the user gets.
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o777 & ~umask)
+        for file in filter(Path.is_file, partial.iterdir()):
+            file.chmod(0o666 & ~umask)
         partial.rename(final)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

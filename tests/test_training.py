@@ -28,6 +28,11 @@ def test_problems_are_right_and_told_apart():
         assert len(calculations) == p.steps
         assert all(eval(left) == int(right) for left, right in calculations)
         assert 0 < p.result <= problems.LIMIT
+    for p in [problems.drill(rng, 5) for _ in range(200)]:
+        sums = [c.split("=") for c in p.answer.split("\n")[0].rstrip(".").split(". ")]
+        assert all(eval(left) == int(right) <= problems.LIMIT for left, right in sums)
+        assert p.question == f"Work out {', '.join(left for left, _ in sums)}."
+        assert p.result == int(sums[-1][1])
     held = problems.held_out(300)
     assert all(p.held_out for p in held)
     assert len({p.question for p in held}) == 300
@@ -62,8 +67,8 @@ def test_tokenizer(small):
 
 
 def test_batches(small):
-    tokens, response = data.batch(small.tokenizer, random.Random(0), 8, 192, small.config.eos_id)
-    assert tokens.shape == response.shape == (8, 192)
+    tokens, response = data.batch(small.tokenizer, random.Random(0), 16, 192, 0.5, small.config.eos_id)
+    assert tokens.shape == response.shape == (16, 192)
     for row, answer in zip(tokens, response, strict=True):
         start = int(answer.argmax())
         assert answer[start:].all(), "the response runs to the end, so that EOS is learned"
@@ -112,7 +117,7 @@ TINY = dataclasses.replace(
     RUN,
     architecture=RUN.architecture
     | {"hidden_size": 32, "num_hidden_layers": 1, "num_experts": 4, "expert_intermediate_size": 16},
-    stages=(Stage(until=6, lengths=(96,)), Stage(until=12, lengths=(96, 128))),
+    stages=(Stage(until=6, lengths=(96,), drills=0.5), Stage(until=12, lengths=(96, 128), drills=0.0)),
     rows=4,
     warmup=2,
     cooldown=4,

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from djax.errors import OptionError
 from djax.training import problems
 
 
@@ -15,17 +16,27 @@ def example(tokenizer: Any, problem: problems.Problem) -> tuple[list[int], list[
     return prompt, tokenizer(problem.answer)["input_ids"]
 
 
-def batch(tokenizer: Any, rng: random.Random, rows: int, length: int, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
+def batch(
+    tokenizer: Any, rng: random.Random, rows: int, length: int, drills: float, eos_id: int
+) -> tuple[np.ndarray, np.ndarray]:
     """tokens int32 and response bool, both `[rows, length]`, from freshly drawn training problems.
 
-    The response runs to the end of the canvas, EOS included, so that answers learn to end. Problems that do not fit with
-    at least one EOS are passed over: a short canvas means short problems.
+    drills is the share of rows that are lists of sums, as long as the canvas allows. The response runs to the end of the
+    canvas, EOS included, so that answers learn to end. Problems that do not fit with at least one EOS are passed over: a
+    short canvas means short problems.
     """
     tokens = np.full((rows, length), eos_id, np.int32)
     response = np.zeros((rows, length), bool)
-    b = 0
+    b = tries = 0
     while b < rows:
-        prompt, answer = example(tokenizer, problems.draw(rng, held_out=False))
+        tries += 1
+        if tries > 1000 * rows:
+            raise OptionError(f"length: hardly any problem fits a canvas of {length} tokens; 96 hold the shortest stories")
+        if rng.random() < drills:
+            problem = problems.drill(rng, rng.randint(2, length // 18))
+        else:
+            problem = problems.draw(rng, held_out=False)
+        prompt, answer = example(tokenizer, problem)
         if len(prompt) + len(answer) < length:
             tokens[b, : len(prompt) + len(answer)] = prompt + answer
             response[b, len(prompt) :] = True

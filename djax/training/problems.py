@@ -7,7 +7,8 @@ the question and continues it with the calculation, so that a later number can o
     Lily starts with 14 apples. She buys 9 more, so 14+9=23. She gives 5 to Tom, so 23-5=18.
     #### 18
 
-Problems are told apart by a checksum of the question: one in sixteen is held out and never trained on.
+Problems are told apart by a checksum of the question: one in sixteen is held out and never trained on. Drills, plain lists
+of sums to work out, help to train and are never used to judge.
 """
 
 import dataclasses
@@ -25,6 +26,8 @@ _OBJECTS = ("apples", "books", "coins", "cards", "pens", "shells", "stamps", "ma
 _GAINS = ("buys {n} more", "finds {n} more", "gets {n} from {friend}", "wins {n} more")
 _LOSSES = ("gives {n} to {friend}", "loses {n}", "sells {n}", "gives away {n}")
 _HOLDERS = ("boxes", "bags", "jars")
+# How much is gained or lost at once, how many boxes there are, and how much is in each.
+_SOME, _MANY, _EACH = (2, 12), (2, 5), (2, 9)
 _MOVES = (("run", "runs"), ("walk", "walks"), ("ride", "rides"), ("swim", "swims"))
 
 
@@ -46,6 +49,28 @@ def stated_result(text: str) -> int | None:
     """The number after the last `####` of an answer, or None."""
     found = re.findall(r"####\s*(-?\d+)", text)
     return int(found[-1]) if found else None
+
+
+def drill(rng: random.Random, count: int) -> Problem:
+    """`count` independent sums of the kinds that stories are made of: far more arithmetic a token than a story has."""
+    sums, results = [], []
+    for _ in range(count):
+        kind = rng.choice("++--*2")
+        if kind == "*":
+            a, b = rng.randint(*_MANY), rng.randint(*_EACH)
+            a, b = (a, b) if rng.random() < 0.5 else (b, a)
+            result = a * b
+        elif kind == "2":
+            kind, a, b = "*", rng.randint(1, LIMIT // 2), 2
+            result = a * b
+        else:
+            b = rng.randint(*_SOME) if kind == "-" or rng.random() < 0.5 else rng.randint(4, _MANY[1] * _EACH[1])
+            a = rng.randint(1, LIMIT - b)
+            a, result = (a, a + b) if kind == "+" else (a + b, a)
+        sums.append(f"{a}{kind}{b}")
+        results.append(result)
+    worked = ". ".join(f"{left}={right}" for left, right in zip(sums, results, strict=True))
+    return Problem(f"Work out {', '.join(sums)}.", f"{worked}.\n#### {results[-1]}", results[-1], count)
 
 
 def draw(rng: random.Random, held_out: bool) -> Problem:
@@ -75,7 +100,7 @@ def _story(rng: random.Random, steps: int) -> Problem | None:
     friend = rng.choice(_BOYS if girl else _GIRLS)
     pronoun = "She" if girl else "He"
     thing = rng.choice(_OBJECTS)
-    have = rng.randint(5, 60)
+    have = rng.randint(5, 50)
     question = [f"{name} has {have} {thing}."]
     answer = [f"{name} starts with {have} {thing}."]
     left = steps
@@ -85,18 +110,18 @@ def _story(rng: random.Random, steps: int) -> Problem | None:
             kinds += ["hold"] * 3
         kind = rng.choice(kinds)
         if kind == "hold":
-            many, each = rng.randint(2, 9), rng.randint(2, 9)
+            many, each = rng.randint(*_MANY), rng.randint(*_EACH)
             holder = rng.choice(_HOLDERS)
             said = f"{pronoun} finds {many} {holder} with {each} {thing} each"
             worked = f"{said}, so {many}*{each}={many * each} and {have}+{many * each}={have + many * each}."
             have, left = have + many * each, left - 2
         else:
             if kind == "gain":
-                n = rng.randint(2, 20)
+                n = rng.randint(*_SOME)
                 said, sum_ = rng.choice(_GAINS).format(n=n, friend=friend), f"{have}+{n}={have + n}"
                 have += n
             elif kind == "lose":
-                n = rng.randint(2, 20)
+                n = rng.randint(*_SOME)
                 said, sum_ = rng.choice(_LOSSES).format(n=n, friend=friend), f"{have}-{n}={have - n}"
                 have -= n
             else:
@@ -121,7 +146,7 @@ def _journey(rng: random.Random, steps: int) -> Problem | None:
     move, moves = rng.choice(_MOVES)
     question, answer, total = [], [], 0
     for stretch in range((steps + 1) // 2):
-        speed, hours = rng.randint(2, 9), rng.randint(2, 9)
+        speed, hours = rng.randint(*_EACH), rng.randint(*_MANY)
         far = speed * hours
         who = name if stretch == 0 else f"Then {pronoun.lower()}"
         said = f"{who} {moves} {speed} kilometers per hour for {hours} hours"

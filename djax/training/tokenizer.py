@@ -27,6 +27,7 @@ def train(directory: Path, vocab: int, seed: int = 0, examples: int = 20_000) ->
 
     rng = random.Random(f"tokenizer {seed}")
     drawn = [problems.draw(rng, held_out=False) for _ in range(examples)]
+    drawn += [problems.drill(rng, 3) for _ in range(examples // 10)]
     corpus = [text for p in drawn for text in (p.question, p.answer)]
     corpus += ["HUMAN", "ASSISTANT", "SYSTEM"] * examples
     tokenizer = Tokenizer(models.BPE())

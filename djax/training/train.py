@@ -26,11 +26,13 @@ from djax.training import data, objective, tokenizer
 class Stage:
     """Train until `until` steps on canvases of these lengths, one drawn a step; a short canvas holds only short problems.
 
-    Rotary positions do not stretch to canvases much longer than the longest one trained on.
+    drills is the share of rows that are plain arithmetic. A model trained on canvases of one length alone is lost on any
+    other, shorter ones too: mix them.
     """
 
     until: int
     lengths: tuple[int, ...]
+    drills: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +62,8 @@ class Run:
     def steps(self) -> int:
         return self.stages[-1].until
 
-    def length(self, step: int, rng: random.Random) -> int:
-        return rng.choice(next(s.lengths for s in self.stages if step < s.until))
+    def stage(self, step: int) -> Stage:
+        return next(s for s in self.stages if step < s.until)
 
 
 class State(NamedTuple):
@@ -150,7 +152,8 @@ def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 
             began, seen, losses = time.perf_counter(), 0, []
             for step in range(first, run.steps):
                 rng = random.Random(f"train {run.seed} {step}")
-                tokens, response = data.batch(words, rng, run.rows, run.length(step, rng), config.eos_id)
+                stage = run.stage(step)
+                tokens, response = data.batch(words, rng, run.rows, rng.choice(stage.lengths), stage.drills, config.eos_id)
                 state, parts = train_step(state, tokens, response, family=family, config=config, run=static)
                 losses.append(parts["diffusion"])
                 seen += tokens.size

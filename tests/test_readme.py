@@ -1,0 +1,65 @@
+"""The README's code is run, and what it says is printed is printed."""
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import djax
+from djax.checkpoint import SHIPPED
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.M | re.S)
+
+
+def test_python_blocks_print_what_the_readme_says(tmp_path, monkeypatch):
+    # The directory a reader would have downloaded: the shipped model stands in for it, in the same layout.
+    shutil.copytree(SHIPPED, tmp_path / "LLaDA-MoE-7B-A1B-Instruct")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    ran = 0
+    for i, (language, code) in enumerate(BLOCKS):
+        if language != "python":
+            continue
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, "README.md", "exec"), names)
+        following = BLOCKS[i + 1] if i + 1 < len(BLOCKS) else ("", "")
+        if printed.getvalue():
+            assert following == ("text", printed.getvalue())
+        ran += 1
+    assert ran == 2
+    assert names["out"].text.endswith("#### 17")
+    assert (tmp_path / "llada-moe-hf" / "model.safetensors").read_bytes() == (SHIPPED / "model.safetensors").read_bytes()
+
+
+def test_commands():
+    """Every `djax` command of the README, without the installing before it."""
+    commands = re.findall(r"^(?:.*&& )?(djax .*)$", "\n".join(code for language, code in BLOCKS if language == "bash"), re.M)
+    assert len(commands) == 3
+    for command in commands:
+        arguments = [sys.executable, "-m", "djax.cli", *shlex.split(command)[1:]]
+        done = subprocess.run(arguments, capture_output=True, text=True, cwd="/", env=os.environ)
+        assert done.returncode == 0, done.stderr
+        if "Lily" in command:
+            assert "#### 30" in done.stdout
+
+
+def test_the_table_is_made_from_the_results():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import small_model
+
+    assert small_model.with_table(README) == README
+
+
+def test_the_readme_names_what_there_is():
+    for name in re.findall(r"`djax\.(\w+)\(", README):
+        assert name in djax.__all__
+    for path in re.findall(r"^(?:\S+ .*)?\b((?:djax|convert|configs|benchmarks)/\S*)", README, re.M):
+        assert (ROOT / path.rstrip("`.,")).exists(), path
