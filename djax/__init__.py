@@ -3,7 +3,7 @@
 from djax.caching import Dual, Vicinity
 from djax.checkpoint import export_hf, load, save
 from djax.compilation import compile_cache
-from djax.decoding import Fixed, Threshold
+from djax.decoding import Credit, Fixed, Hierarchy, Threshold
 from djax.errors import (
     BatchError,
     CanvasError,
@@ -22,10 +22,12 @@ __all__ = [
     "BatchError",
     "CanvasError",
     "CheckpointError",
+    "Credit",
     "DjaxError",
     "Dual",
     "Fixed",
     "Generation",
+    "Hierarchy",
     "Model",
     "OptionError",
     "PathError",

@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from djax.errors import OptionError
 
@@ -25,6 +26,8 @@ def compile_cache(directory: str | os.PathLike | None) -> None:
     """
     global _decided
     _decided = True
+    # jax settles whether it has a cache at its first compile; a program that used jax before djax must ask anew.
+    compilation_cache.reset_cache()
     if directory is None:
         jax.config.update("jax_compilation_cache_dir", None)
         return

@@ -12,12 +12,13 @@ import numpy as np
 from djax import text
 from djax.caching import CACHES, Uncached
 from djax.caching.contract import Policy
-from djax.checks import boolean, real_number, whole_number
+from djax.checks import boolean, plug, real_number, whole_number
 from djax.compilation import enable_cache
 from djax.decoding import DECODERS, Threshold
 from djax.decoding.contract import Decoder
-from djax.errors import BatchError, CanvasError, OptionError, TripCapError
+from djax.errors import BatchError, CanvasError, TripCapError
 from djax.model import Model
+from djax.plugs import spelled
 from djax.program import Request, Rows, decode
 
 
@@ -29,7 +30,7 @@ class Timing:
     decode: float
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Generation:
     """One answer.
 
@@ -88,9 +89,9 @@ def generate(
     seed = whole_number(seed, "seed", at_least=0, at_most=2**32 - 1)
     temperature = real_number(temperature, "temperature", at_least=0.0)
     early_stop, align_blocks = boolean(early_stop, "early_stop"), boolean(align_blocks, "align_blocks")
-    _is_plug(decoder, "decoder", ("init", "step"), DECODERS)
+    plug(decoder, "decoder", ("init", "step"), spelled(DECODERS))
     policy = Uncached() if cache is None else cache
-    _is_plug(policy, "cache", ("reach", "plan"), CACHES)
+    plug(policy, "cache", ("reach", "plan"), spelled(CACHES))
     ids, single = text.encode(model.tokenizer, prompts, model.config.vocab, model.config.mask_id)
     for i, prompt in enumerate(ids):
         if len(prompt) + gen_length > model.config.max_positions:
@@ -112,13 +113,6 @@ def generate(
     for ask in asks:
         out += _run(model, ask, *plugs, block_length)[: len(ids) - len(out)]
     return out[0] if single else out
-
-
-def _is_plug(plug: Any, name: str, methods: tuple[str, ...], registry: dict[str, type]) -> None:
-    if isinstance(plug, type) or not all(callable(getattr(plug, m, None)) for m in methods):
-        made = ", ".join(f"djax.{c.__name__}(...)" for c in registry.values() if c is not Uncached)
-        none = " or None" if Uncached in registry.values() else ""
-        raise OptionError(f"{name}: expected one of {made}{none}, got {plug!r}")
 
 
 def _as_leaf(value: Any) -> np.ndarray:

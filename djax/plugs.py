@@ -48,3 +48,8 @@ def _value(node: ast.expr, registry: Mapping[str, type], name: str) -> Any:
 
 def _example(registry: Mapping[str, type]) -> str:
     return " or ".join(repr(kind()) for kind in registry.values())
+
+
+def spelled(registry: Mapping[str, type]) -> str:
+    """How a user of the Python door writes each of them."""
+    return ", ".join("None" if name == "none" else f"djax.{kind.__name__}(...)" for name, kind in registry.items())

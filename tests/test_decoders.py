@@ -1,18 +1,27 @@
 """The law of every decoder, drawn from the registry, and each decoder against its rule written as a loop."""
 
+import itertools
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import GOLDENS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from djax.decoding import DECODERS, Fixed, Threshold
+from djax.decoding import DECODERS, Credit, Fixed, Hierarchy, Threshold
 from djax.decoding.contract import Tick
 
 ROWS, BLOCK, VOCAB, MASK = 3, 8, 11, 9
 # A plug of every kind, at both ends of its numbers. A decoder that is in the registry but not here fails the test.
-MADE = {"threshold": [Threshold(0.9), Threshold(0.01), Threshold(2.0)], "fixed": [Fixed(1), Fixed(5)]}
+MADE = {
+    "threshold": [Threshold(0.9), Threshold(0.01), Threshold(2.0)],
+    "fixed": [Fixed(1), Fixed(5)],
+    "credit": [Credit(), Credit(Fixed(2), alpha=3.0, gamma=0.0, beta=1.0)],
+    "hierarchy": [Hierarchy(), Hierarchy(high=2.0, low=0.0)],
+}
 PLUGS = [plug for name in DECODERS for plug in MADE[name]]
 
 
@@ -110,6 +119,108 @@ def test_fixed_by_loop(step, case, per_step):
         worst = min((found[s][1] for s in range(BLOCK) if accept[b, s]), default=1.0)
         left = max((c for s, (_, c) in found.items() if not accept[b, s]), default=0.0)
         assert worst >= left - 1e-6
+
+
+def softmax_rows(logits):
+    return np.stack([softmax(row) for row in logits])
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases())
+def test_hierarchy_by_loop(step, case):
+    """Each maximal run of masks: its best if above low, any above high, the row's best; nothing that proposes the mask."""
+    logits, masked, seed = case
+    (_, _, accept), _ = step(Hierarchy(0.9, 0.4), logits, masked, seed)
+    for b in range(ROWS):
+        p = softmax_rows(logits[b]).max(axis=1)
+        if len(set(np.round(p[masked[b]], 6))) < masked[b].sum():
+            continue  # near ties: float32 decides
+        expected = set()
+        runs = [list(g) for m, g in itertools.groupby(range(BLOCK), key=lambda s, b=b: masked[b, s]) if m]
+        for run in runs:
+            best = max(run, key=lambda s: p[s])
+            expected |= {s for s in run if p[s] > 0.9 or (s == best and p[s] > 0.4)}
+        everywhere = [s for run in runs for s in run]
+        if everywhere:
+            expected.add(max(everywhere, key=lambda s: p[s]))
+        found = candidates_by_loop(logits[b], masked[b])
+        expected &= set(found)
+        if everywhere and not expected:
+            expected = {max(found, key=lambda s: found[s][1])}
+        stuck = np.all(logits[b][masked[b]].argmax(axis=-1) == MASK)
+        if not stuck:  # then every position proposes another token; the law's test has that case
+            assert set(np.flatnonzero(accept[b])) == expected
+
+
+def test_credit_by_loop():
+    """Three calls of a block and the first of the next, against the formula position by position."""
+    rng = np.random.default_rng(0)
+    plug = Credit(Threshold(0.6), alpha=0.9, gamma=0.3, beta=0.7)
+    state, credit = plug.init(1, BLOCK, VOCAB), np.zeros((BLOCK, VOCAB))
+    for call in (0, 1, 2, 0):
+        logits = (2 * rng.normal(size=(1, BLOCK, VOCAB))).astype(np.float32)
+        masked = rng.random((1, BLOCK)) < 0.7
+        where = tick(1)._replace(call=jnp.full(1, call, jnp.int32))
+        state, tokens, accept = plug.step(state, jnp.asarray(logits), jnp.asarray(masked), where, None)
+        credit = credit * 0.7 if call else np.zeros_like(credit)
+        for s in range(BLOCK):
+            if masked[0, s]:
+                p = softmax(logits[0, s])
+                credit[s, p.argmax()] += p.max() ** 0.3
+        np.testing.assert_allclose(state[0][0], credit, rtol=1e-5, atol=1e-7)
+        fused = (logits + 0.9 * np.log1p(credit)).astype(np.float32)
+        _, expected_tokens, expected = Threshold(0.6).step((), jnp.asarray(fused), jnp.asarray(masked), where, None)
+        np.testing.assert_array_equal(accept, expected)
+        np.testing.assert_array_equal(np.where(accept, tokens, 0), np.where(accept, expected_tokens, 0))
+
+
+def test_credit_without_weight_is_its_inner_decoder(step):
+    rng = np.random.default_rng(1)
+    logits, masked = rng.normal(size=(ROWS, BLOCK, VOCAB)).astype(np.float32) * 4, rng.random((ROWS, BLOCK)) < 0.6
+    for (_, tokens, accept), (_, inner_tokens, inner_accept) in zip(
+        step(Credit(Threshold(0.5), alpha=0.0), logits, masked, 5), step(Threshold(0.5), logits, masked, 5), strict=True
+    ):
+        np.testing.assert_array_equal(tokens, inner_tokens)
+        np.testing.assert_array_equal(accept, inner_accept)
+
+
+RECORDED = json.loads((GOLDENS / "decoders.json").read_text())
+
+
+def recorded_plug(settings, threshold):
+    if settings["decoder"] == "hierarchy":
+        low = settings["low_threshold"]
+        # dInfer's decaying threshold may come down to low, and high=None means there is none.
+        return Hierarchy(2.0 if threshold is None else max(threshold, low + 1e-9), low)
+    if settings["decoder"] == "credit":
+        return Credit(Threshold(threshold), settings["credit_alpha"], settings["boost_gamma"], settings["decay_beta"])
+    return Threshold(threshold)
+
+
+@pytest.mark.parametrize("case", [c for c in RECORDED["cases"] if c["settings"]["decoder"] != "fixed"], ids=lambda c: c["id"])
+def test_recorded_decoders(case):
+    """Five calls in a row on given logits, token for token, until dInfer gets stuck on the mask token."""
+    data, settings_ = np.load(GOLDENS / "decoders.npz"), case["settings"]
+    defaults = {"credit_alpha": 0.7, "boost_gamma": 0.2, "decay_beta": 0.8}
+    first, last = RECORDED["block"]
+    x, mask = data[f"{case['id']}/x"].astype(np.int32), RECORDED["mask_id"]
+    plug = recorded_plug(defaults | settings_, case["iter_threshold"][0] or settings_["threshold"])
+    state = plug.init(len(x), last - first, RECORDED["vocab"])
+    for call, threshold in enumerate(case["iter_threshold"]):
+        logits = data[f"{case['id']}/logits_x32"][call].astype(np.float32) / 32
+        block = x[:, first:last]
+        where = Tick(*[jnp.full(len(x), call, jnp.int32)] * 4, jnp.int32(mask), jnp.float32(0))
+        plug = recorded_plug(defaults | settings_, threshold or settings_["threshold"])
+        state, tokens, accept = plug.step(state, jnp.asarray(logits), jnp.asarray(block == mask), where, None)
+        expected = data[f"{case['id']}/out"][call][:, first:last]
+        moved = np.any(expected != block, axis=1) | ~np.any(block == mask, axis=1)
+        got = np.where(accept, tokens, block)
+        np.testing.assert_array_equal(got[moved], expected[moved])
+        assert np.all(np.sum(got != block, axis=1)[~moved] >= 1), "where dInfer writes nothing, djax goes on"
+        if not moved.all():
+            break
+        x[:, first:last] = expected
+    assert call > 0
 
 
 def test_ties_go_to_the_lower_position(step):

@@ -21,11 +21,23 @@ def policy(settings):
     return {"none": None, "dual": djax.Dual(every)}[settings["cache"]]
 
 
+def decoder(settings):
+    threshold = djax.Threshold(settings.get("threshold") or 2.0)
+    match settings["decoder"]:
+        case "threshold":
+            return threshold
+        case "credit":
+            numbers = [settings.get(k, d) for k, d in (("credit_alpha", 0.7), ("boost_gamma", 0.2), ("decay_beta", 0.8))]
+            return djax.Credit(threshold, *numbers)
+        case "hierarchy":
+            return djax.Hierarchy(threshold.tau, settings["low_threshold"])
+
+
 def traces(kind):
     for family in ("moe_blockwise", "moe_vicinity"):
         for trace in json.loads((GOLDENS / f"{family}.json").read_text())["traces"]:
             settings = trace["settings"]
-            covered = settings["decoder"] == "threshold" and settings["cache"] in ("none", "dual")
+            covered = settings["decoder"] in ("threshold", "credit", "hierarchy") and settings["cache"] in ("none", "dual")
             if covered and not settings.get("use_shift") and trace["id"] in CLEAN[family][kind]:
                 yield pytest.param(family, trace, id=f"{family}-{trace['id']}")
 
@@ -38,7 +50,7 @@ def replay(family, trace, request):
         data[f"{trace['id']}/prompt"][0].astype(int).tolist(),
         gen_length=settings["gen_length"],
         block_length=settings["block_length"],
-        decoder=djax.Threshold(settings["threshold"]),
+        decoder=decoder(settings),
         cache=policy(settings),
         early_stop=settings["early_stop"],
         align_blocks=settings["start_block_align"],
@@ -62,5 +74,5 @@ def test_tokens_only(family, trace, request):
 
 
 def test_the_traces_are_there():
-    assert len(list(traces("exact"))) == 15
-    assert len(list(traces("tokens_only"))) == 4
+    assert len(list(traces("exact"))) == 37
+    assert len(list(traces("tokens_only"))) == 6

@@ -13,7 +13,7 @@ ALLOWED = {
     "djax/compilation.py": ("errors",),
     "djax/text.py": ("errors",),
     "djax/models": ("errors", "models"),
-    "djax/decoding": ("checks", "decoding"),
+    "djax/decoding": ("errors", "checks", "decoding"),
     "djax/caching": ("checks", "caching", "decoding.contract"),
     "djax/plugs.py": ("errors",),
     "convert": ("errors", "convert"),

@@ -166,6 +166,7 @@ def test_the_loop_is_inside_and_nothing_leaves_the_device(moe_a, cache):
     assert len(re.findall(r"^ENTRY ", text, re.M)) == 1
     entry = text[text.index("ENTRY ") :]
     assert len(re.findall(r" while\(", entry)) == 1, "one loop, from the first forward to the last token"
+    assert " conditional(" not in text, "the platform's expert back end is chosen when the program is lowered"
     for name in ("infeed", "outfeed", " send(", " recv(", "callback", "SendToHost", "RecvFromHost"):
         assert name not in text
 

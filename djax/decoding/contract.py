@@ -45,8 +45,10 @@ class Decoder(Protocol):
     ) -> tuple[Any, jax.Array, jax.Array]: ...
 
 
-def candidates(logits: jax.Array, masked: jax.Array, tick: Tick, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """The token each position proposes, and its confidence: float32, -inf where the position is no candidate.
+def candidates(
+    logits: jax.Array, masked: jax.Array, tick: Tick, key: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The token each position proposes, int32 `[B, S]`; its confidence, float32; and whether it is a candidate, bool.
 
     The token is the argmax of the logits, with Gumbel noise scaled by the temperature if there is a key; the confidence
     is its probability under the logits without noise (LLaDA, arXiv 2502.09992; dInfer). A masked position that proposes
@@ -60,9 +62,15 @@ def candidates(logits: jax.Array, masked: jax.Array, tick: Tick, key: jax.Array 
     is_mask_id = (jnp.arange(logits.shape[-1]) == tick.mask_id)[None, None, :]
     first = jnp.argmax(noisy, axis=-1)
     second = jnp.argmax(jnp.where(is_mask_id, -jnp.inf, noisy), axis=-1)
-    eligible = masked & (first != tick.mask_id)
-    stuck = ~jnp.any(eligible, axis=-1, keepdims=True)
+    candidate = masked & (first != tick.mask_id)
+    stuck = ~jnp.any(candidate, axis=-1, keepdims=True)
     tokens = jnp.where(stuck, second, first).astype(jnp.int32)
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    confidence = jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1))
-    return tokens, jnp.where(eligible | (masked & stuck), confidence, -jnp.inf)
+    return tokens, probability(logits, tokens), candidate | (masked & stuck)
+
+
+def probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """softmax(logits)[tokens], float32 `[B, S]`. Shifted by the maximum first: at logits of a hundred, subtracting a
+    log-sum-exp would cost more than the 1e-5 by which decoders tell confidences apart."""
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)
+    return (jnp.exp(chosen - top) / jnp.sum(jnp.exp(logits - top), axis=-1, keepdims=True))[..., 0]

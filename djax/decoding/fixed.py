@@ -30,7 +30,7 @@ class Fixed:
     def step(
         self, state: Any, logits: jax.Array, masked: jax.Array, tick: Tick, key: jax.Array | None
     ) -> tuple[Any, jax.Array, jax.Array]:
-        tokens, confidence = candidates(logits, masked, tick, key)
-        order = jnp.argsort(-confidence, axis=-1, stable=True)
+        tokens, confidence, candidate = candidates(logits, masked, tick, key)
+        order = jnp.argsort(jnp.where(candidate, -confidence, jnp.inf), axis=-1, stable=True)
         rank = jnp.argsort(order, axis=-1)
-        return state, tokens, (rank < self.per_step) & (confidence > -jnp.inf)
+        return state, tokens, candidate & (rank < self.per_step)

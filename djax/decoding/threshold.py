@@ -34,7 +34,7 @@ class Threshold:
     def step(
         self, state: Any, logits: jax.Array, masked: jax.Array, tick: Tick, key: jax.Array | None
     ) -> tuple[Any, jax.Array, jax.Array]:
-        tokens, confidence = candidates(logits, masked, tick, key)
-        best = jnp.max(confidence, axis=-1, keepdims=True)
+        tokens, confidence, candidate = candidates(logits, masked, tick, key)
+        best = jnp.max(jnp.where(candidate, confidence, -jnp.inf), axis=-1, keepdims=True)
         bound = jnp.minimum(best - SLACK, self.tau)
-        return state, tokens, (confidence >= bound) & (confidence > -jnp.inf)
+        return state, tokens, candidate & (confidence >= bound)

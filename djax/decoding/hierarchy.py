@@ -1,0 +1,55 @@
+"""Divide and conquer: accept the surest token of every stretch of masks."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from djax.checks import number
+from djax.decoding.contract import Tick, candidates
+from djax.errors import OptionError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Hierarchy:
+    """Accept the best of each run of neighbouring masks if it exceeds low, any candidate that exceeds high, and the row's best.
+
+    Runs are found anew at each call, which is the whole recursion (dInfer, HierarchyDecoder). Both comparisons are
+    strict; exact ties for a run's best all go, the row's best is the first. 0 <= low < high; high above 1 is never reached.
+    """
+
+    high: float = 0.9
+    low: float = 0.4
+
+    def __post_init__(self) -> None:
+        number(self, "high", above=0.0)
+        number(self, "low", at_least=0.0)
+        if isinstance(self.high, float) and isinstance(self.low, float) and self.low >= self.high:
+            raise OptionError(f"Hierarchy(high=..., low=...): expected low below high, got low={self.low}, high={self.high}")
+
+    def init(self, rows: int, block: int, vocab: int) -> tuple:
+        del rows, block, vocab
+        return ()
+
+    def step(
+        self, state: Any, logits: jax.Array, masked: jax.Array, tick: Tick, key: jax.Array | None
+    ) -> tuple[Any, jax.Array, jax.Array]:
+        tokens, confidence, candidate = candidates(logits, masked, tick, key)
+        confidence = jnp.where(masked, confidence, -jnp.inf)
+        run = jnp.cumsum(masked & ~jnp.pad(masked, ((0, 0), (1, 0)))[:, :-1], axis=1)
+        together = (run[:, :, None] == run[:, None, :]) & masked[:, None, :]
+        # A position that proposes the mask id keeps its rank, as in dInfer: it is not accepted, and nor is a less sure
+        # neighbour in its stead. Only if that leaves the row with nothing does the best candidate go.
+        best_of_run = jnp.max(jnp.where(together, confidence[:, None, :], -jnp.inf), axis=-1)
+        chosen = ((confidence == best_of_run) & (confidence > self.low)) | (confidence > self.high)
+        accept = candidate & (chosen | _first_best(confidence))
+        none = ~jnp.any(accept, axis=-1, keepdims=True)
+        best = candidate & _first_best(jnp.where(candidate, confidence, -jnp.inf))
+        return state, tokens, accept | (none & best)
+
+
+def _first_best(confidence: jax.Array) -> jax.Array:
+    """Bool `[B, S]`: each row's highest value, the first if there are several."""
+    return jnp.arange(confidence.shape[1])[None, :] == jnp.argmax(confidence, axis=-1, keepdims=True)
