@@ -94,9 +94,9 @@ def load(
 
 
 def unload(rules: list[Rule], get: Callable[[Path], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    """The inverse of `load`: yield each HF tensor, in the parameters' dtype."""
+    """The inverse of `load`: yield each HF tensor in the parameters' dtype, in the order of the rules."""
     last, leaf = None, None
-    for rule in sorted(rules, key=lambda r: r.target):
+    for rule in rules:
         if rule.target != last:
             last, leaf = rule.target, get(rule.target)
         yield rule.source, rule.extract(leaf)

@@ -1,15 +1,18 @@
 """The tensors of a HF checkpoint directory, whether in one safetensors file or in shards with an index."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from djax.errors import CheckpointError, PathError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000  # as HF cuts them
 
 
 class TensorFiles:
@@ -53,7 +56,7 @@ class TensorFiles:
                 if Path(file).name != file:
                     raise CheckpointError(f"{index}: shard {file!r} points outside the checkpoint's directory")
                 shards.setdefault(index.parent / file, set()).add(name)
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index}: expected JSON with a 'weight_map' of tensor to file: {error!r}") from error
         return shards
 
@@ -68,3 +71,28 @@ class TensorFiles:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._open.clear()
+
+
+def write(directory: Path, sizes: dict[str, int], tensors: Iterator[tuple[str, np.ndarray]], limit: int = SHARD_BYTES) -> None:
+    """Write tensors (in the order and with the bytes that `sizes` announces) as one file, or as shards with an index.
+
+    One shard is in memory at a time.
+    """
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if shards[-1] and used + size > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    many = len(shards) > 1
+    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" if many else SINGLE for i in range(1, len(shards) + 1)]
+    for file, names in zip(files, shards, strict=True):
+        part = dict(next(tensors) for _ in names)
+        assert list(part) == names
+        save_file(part, directory / file, metadata={"format": "pt"})
+    if many:
+        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")

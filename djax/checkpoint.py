@@ -21,8 +21,8 @@ import numpy as np
 from flax import traverse_util
 
 from djax import text
-from djax.convert import TABLES, rules
-from djax.convert.safetensors_files import SINGLE, TensorFiles
+from djax.convert import TABLES, rules, safetensors_files
+from djax.convert.safetensors_files import TensorFiles
 from djax.errors import CheckpointError, OptionError, PathError, UnsupportedModelError
 from djax.model import Model
 from djax.models import FAMILIES
@@ -46,8 +46,7 @@ def load(path: str | os.PathLike | None = None, *, dtype: str | None = None) -> 
     Tensors are read one at a time and without torch. Every tensor must be used exactly once and every parameter filled
     exactly once. Raises `PathError`, `CheckpointError` (with all that is wrong) or `UnsupportedModelError`.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise OptionError(f"dtype: expected one of {', '.join(DTYPES)}, or None for the checkpoint's own, got {dtype!r}")
+    _known_dtype(dtype)
     directory = _directory(path)
     family, config, hf, tokenizer = _describe(directory)
     if (directory / MANIFEST).is_file():
@@ -202,10 +201,10 @@ def save(model: Model, directory: str | os.PathLike) -> None:
     """
     from orbax.checkpoint.experimental import v1 as orbax
 
-    with _new_directory(directory) as partial:
+    with new_directory(directory) as partial:
         orbax.save(partial.resolve() / ORBAX, model.params)
         _write_description(model, partial)
-        manifest = {"family": _name(model.family), "dtype": str(model.params["embedding"].dtype), "stored": dict(model.stored)}
+        manifest = {"dtype": str(model.dtype), "stored": dict(model.stored)}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
@@ -237,25 +236,41 @@ def _manifest(directory: Path) -> dict[str, Any]:
     raise CheckpointError(f"{file}: not a manifest that djax wrote; convert the checkpoint again")
 
 
-def export_hf(model: Model, directory: str | os.PathLike) -> None:
-    """Write the model in HF layout (config.json, model.safetensors, tokenizer).
+def export_hf(model: Model, directory: str | os.PathLike, *, dtype: str | None = None) -> None:
+    """Write the model in HF layout: config.json, tokenizer, safetensors (in shards with an index from 5 GB on).
 
-    Tensors get the dtype they had in the checkpoint the model came from, so an export of a loaded HF checkpoint is
-    bit-equal to it. The directory must not exist; it appears whole or not at all.
+    dtype: None gives each tensor the dtype it had in the checkpoint the model came from, so that an export of a loaded
+    HF checkpoint is bit-equal to it; only where the parameters were narrowed at loading do tensors stay as narrow as
+    they are. "float32" or "bfloat16" casts all, and config.json says so.
+
+    The directory must not exist; it appears whole or not at all. Raises `OptionError` if it exists.
     """
-    from safetensors.numpy import save_file
-
+    _known_dtype(dtype)
     flat = traverse_util.flatten_dict(model.params)
-    table = _layouts(model.family, model.config)["hf"]
+    # Rules that share a parameter together, so that each parameter is fetched once.
+    table = sorted(_layouts(model.family, model.config)["hf"], key=lambda rule: rule.target)
     common = Counter(model.stored.values()).most_common(1)
-    default = _STORED[common[0][0]] if common else None
-    tensors = {}
-    for name, tensor in rules.unload(table, lambda path: np.asarray(flat[path])):
-        kind = _STORED[model.stored[name]] if name in model.stored else default or tensor.dtype
-        tensors[name] = tensor.astype(kind)
-    with _new_directory(directory) as partial:
-        save_file(tensors, partial / SINGLE, metadata={"format": "pt"})
+
+    def kind(name: str) -> np.dtype:
+        if dtype is not None:
+            return np.dtype(DTYPES[dtype])
+        stored = model.stored.get(name, common[0][0] if common else None)
+        wide = np.dtype(_STORED[stored]) if stored else np.dtype(model.dtype)
+        return wide if wide.itemsize <= np.dtype(model.dtype).itemsize else np.dtype(model.dtype)
+
+    sizes = {rule.source: math.prod(rule.shape) * kind(rule.source).itemsize for rule in table}
+    tensors = ((name, t.astype(kind(name))) for name, t in rules.unload(table, lambda path: np.asarray(flat[path])))
+    with new_directory(directory) as partial:
+        safetensors_files.write(partial, sizes, tensors)
         _write_description(model, partial)
+        if dtype is not None:
+            hf = {key: value for key, value in model.hf_config.items() if key != "dtype"} | {"torch_dtype": dtype}
+            (partial / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+
+
+def _known_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise OptionError(f"dtype: expected one of {', '.join(DTYPES)}, or None for the checkpoint's own, got {dtype!r}")
 
 
 def _write_description(model: Model, directory: Path) -> None:
@@ -264,12 +279,18 @@ def _write_description(model: Model, directory: Path) -> None:
         model.tokenizer.save_pretrained(str(directory))
 
 
+def free(directory: str | os.PathLike) -> Path:
+    """The path, if nothing is there yet."""
+    path = Path(directory).expanduser()
+    if path.exists():
+        raise OptionError(f"{path}: already exists; choose another directory or remove it")
+    return path
+
+
 @contextlib.contextmanager
-def _new_directory(directory: str | os.PathLike) -> Iterator[Path]:
+def new_directory(directory: str | os.PathLike) -> Iterator[Path]:
     """A directory beside the wanted one, renamed to it when the block ends well and removed when it does not."""
-    final = Path(directory).expanduser()
-    if final.exists():
-        raise OptionError(f"{final}: already exists; choose another directory or remove it")
+    final = free(directory)
     final.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     try:

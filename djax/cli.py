@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,8 +25,9 @@ class Decoding:
     block_length: int = 32
     """Blocks are filled one after another, each of this many positions."""
     decoder: str = "Threshold(0.9)"
-    """Which tokens a forward accepts: 'Threshold(tau)' takes all whose confidence reaches tau, 'Fixed(per_step)' the
-    surest few. tau above 1 means one token a forward."""
+    """Which tokens a forward accepts: 'Threshold(tau)' takes all whose confidence reaches tau (above 1: one token a
+    forward), 'Fixed(per_step)' the surest few, 'Hierarchy(high, low)' the surest of each stretch of masks,
+    'Credit(Threshold(0.8))' trusts tokens that were proposed before."""
     cache: str = "none"
     """What a forward runs: 'none' (the whole canvas), 'Dual(every=None)' (the block), or
     'Vicinity(before=16, after=16, warmup=4, every=None)' (the block and its neighbours)."""
@@ -50,14 +51,14 @@ class Decoding:
         return options
 
 
-Model = Annotated[str | None, arg(metavar="DIR")]
+Checkpoint = Annotated[str | None, arg(metavar="DIR")]
 
 
 @dataclasses.dataclass
 class Generate:
     """Answer a question.
 
-    djax generate "Anna has 12 pens. She buys 7 more. How many pens does Anna have now?"
+    djax generate "Anna has 12 pens. She buys 7 more. She loses 4. How many pens does Anna have now?"
 
     djax generate --cache "Vicinity(16, 16)" --decoder "Threshold(0.8)" --file question.txt
 
@@ -70,7 +71,7 @@ class Generate:
     """Read the question from this file instead."""
     lines: bool = False
     """Every line of the file or of standard input is a question of its own; they are decoded together."""
-    model: Model = None
+    model: Checkpoint = None
     """A checkpoint directory, HF's or one that `djax convert` wrote."""
     dtype: str | None = None
     """float32 or bfloat16 for the parameters; by default the checkpoint's own."""
@@ -93,8 +94,12 @@ class Generate:
             model = djax.load(self.model, dtype=self.dtype)
         with working(console, "compiling and decoding"):
             answers = djax.generate(model, prompts, max_batch=self.max_batch, **options)
-        for answer in answers if isinstance(answers, list) else [answers]:
-            print(json.dumps(as_json(answer)) if self.json else f"{answer.text}\n\n{figures(answer)}")
+        answers = answers if isinstance(answers, list) else [answers]
+        if self.json:
+            print("\n".join(json.dumps(as_json(answer)) for answer in answers))
+        else:
+            print("\n\n".join(answer.text for answer in answers), end="\n\n")
+            print(figures(answers))
 
     def _prompts(self) -> str | list[str]:
         if (self.question is None) == (self.file is None):
@@ -102,9 +107,9 @@ class Generate:
         if self.file is not None:
             if not self.file.is_file():
                 raise OptionError(f"--file: {self.file} does not exist or is not a file")
-            text = self.file.read_text()
+            text = self._read(self.file.read_bytes)
         elif self.question == "-":
-            text = sys.stdin.read()
+            text = self._read(sys.stdin.buffer.read)
         elif self.lines:
             raise OptionError("--lines goes with --file or '-', not with a question on the command line")
         else:
@@ -114,12 +119,19 @@ class Generate:
             raise PromptError("the question is empty")
         return prompts
 
+    @staticmethod
+    def _read(read: Callable[[], bytes]) -> str:
+        try:
+            return read().decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise PromptError(f"the question cannot be read as UTF-8 text: {error}") from error
+
 
 @dataclasses.dataclass
 class Info:
     """Show a checkpoint's family, size and token ids. Reads no weights."""
 
-    model: Positional[Model] = None
+    model: Positional[Checkpoint] = None
     """A checkpoint directory; without it, the small model that ships with djax."""
     json: bool = False
     """Print a JSON object."""
@@ -138,7 +150,7 @@ class Info:
 
 @dataclasses.dataclass
 class Convert:
-    """Convert a checkpoint: HF to Orbax, which restores faster and sharded, or back to HF. OUT appears whole or not at all."""
+    """Convert a checkpoint: HF to Orbax, or back to HF. OUT appears whole or not at all."""
 
     source: Positional[Annotated[str, arg(metavar="DIR")]]
     """The checkpoint to read, HF's or an earlier conversion."""
@@ -154,9 +166,14 @@ class Convert:
             raise OptionError(f"--to: expected orbax or hf, got {self.to!r}")
         with working(console, "converting"):
             import djax
+            from djax.checkpoint import free
 
+            free(self.out)  # before gigabytes are read
             model = djax.load(self.source, dtype=self.dtype)
-            (djax.save if self.to == "orbax" else djax.export_hf)(model, self.out)
+            if self.to == "orbax":
+                djax.save(model, self.out)
+            else:
+                djax.export_hf(model, self.out, dtype=self.dtype)
         print(f"{self.out}: {model}")
 
 
@@ -186,7 +203,7 @@ class Train:
 class Evaluate:
     """Answer held-out word problems and print accuracy and tokens per forward as one JSON line."""
 
-    model: Model = None
+    model: Checkpoint = None
     """A checkpoint directory; without it, the small model that ships with djax."""
     problems: int = 500
     """How many problems; the same ones for the same number and seed."""
@@ -205,6 +222,7 @@ class Evaluate:
         from djax.training.problems import held_out
 
         options = self.decoding.options()
+        whole_number(self.batch, "--batch", at_least=1)
         problems = held_out(whole_number(self.problems, "--problems", at_least=1), self.problem_seed)
         model = djax.load(self.model)
         with Progress(console=console, transient=True) as bar:
@@ -216,13 +234,15 @@ class Evaluate:
         print(json.dumps({"model": repr(model), **shown, **dataclasses.asdict(report)}))
 
 
-def figures(answer: Any) -> str:
-    """One line: what the answer took."""
-    tokens, seconds = len(answer.tokens), answer.timing.decode
+def figures(answers: list[Any]) -> str:
+    """One line: what the answers took, all together. Groups of a split batch were decoded one after another."""
+    tokens, forwards = sum(len(a.tokens) for a in answers), sum(a.forwards for a in answers)
+    groups = {id(a.timing): a.timing for a in answers}.values()
+    seconds, compiling = sum(t.decode for t in groups), sum(t.compile for t in groups)
     return (
-        f"{tokens} tokens, {answer.forwards} forwards ({answer.refreshes} refreshes), "
-        f"{answer.tokens_per_forward:.2f} tokens/forward, {tokens / seconds:.0f} tokens/s "
-        f"({seconds:.2f} s; compile {answer.timing.compile:.2f} s apart)"
+        f"{tokens} tokens, {forwards} forwards ({sum(a.refreshes for a in answers)} refreshes), "
+        f"{tokens / forwards:.2f} tokens/forward, {tokens / seconds:.0f} tokens/s "
+        f"({seconds:.2f} s; compile {compiling:.2f} s apart)"
     )
 
 

@@ -25,38 +25,40 @@ def compile_cache(directory: str | os.PathLike | None) -> None:
     `OptionError` if it belongs to another user or others may write to it.
     """
     global _decided
-    _decided = True
+    if directory is not None:
+        directory = Path(directory).expanduser()
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = directory.stat()
+        if info.st_uid != os.getuid():
+            raise OptionError(f"compile cache {directory}: expected a directory of your own, it is user {info.st_uid}'s")
+        if stat.S_IMODE(info.st_mode) & 0o022:
+            raise OptionError(f"compile cache {directory}: others may write to it; run chmod 700 on it or choose another")
+        directory.chmod(0o700)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    jax.config.update("jax_compilation_cache_dir", directory and str(directory))
     # jax settles whether it has a cache at its first compile; a program that used jax before djax must ask anew.
     compilation_cache.reset_cache()
-    if directory is None:
-        jax.config.update("jax_compilation_cache_dir", None)
-        return
-    path = Path(directory).expanduser()
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    info = path.stat()
-    if info.st_uid != os.getuid():
-        raise OptionError(f"compile cache {path}: expected a directory of your own, it belongs to user {info.st_uid}")
-    if stat.S_IMODE(info.st_mode) & 0o022:
-        raise OptionError(f"compile cache {path}: others may write to it; run chmod 700 on it or choose another directory")
-    jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    _decided = True
 
 
 def enable_cache() -> None:
     """Turn the default cache on, once, unless the user has decided: by `compile_cache`, by jax's own setting, or by
-    the environment (DJAX_COMPILE_CACHE=off, or a directory)."""
+    the environment (DJAX_COMPILE_CACHE=off, or a directory). A default directory that cannot be used is a warning."""
     global _decided
     if _decided:
         return
-    _decided = True
     wish = os.environ.get(ENVIRONMENT, "")
     if wish.lower() in _OFF or (not wish and jax.config.jax_compilation_cache_dir):
-        return
-    try:
-        compile_cache(wish or default_directory())
-    except OSError as error:
-        warnings.warn(f"no compile cache, programs compile anew in each process: {error}", stacklevel=3)
+        _decided = True
+    elif wish:
+        compile_cache(wish)
+    else:
+        try:
+            compile_cache(default_directory())
+        except (OSError, OptionError) as error:
+            _decided = True
+            warnings.warn(f"no compile cache, programs compile anew in each process: {error}", stacklevel=3)
 
 
 def default_directory() -> Path:

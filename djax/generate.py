@@ -16,8 +16,8 @@ from djax.checks import boolean, plug, real_number, whole_number
 from djax.compilation import enable_cache
 from djax.decoding import DECODERS, Threshold
 from djax.decoding.contract import Decoder
-from djax.errors import BatchError, CanvasError, TripCapError
-from djax.model import Model
+from djax.errors import BatchError, CanvasError, OptionError, TripCapError
+from djax.model import Model, exact_products
 from djax.plugs import spelled
 from djax.program import Request, Rows, decode
 
@@ -62,7 +62,7 @@ def generate(
     decoder: Decoder = Threshold(),  # noqa: B008  (frozen, so one default for all calls is one value)
     cache: Policy | None = None,
     temperature: float = 0.0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     early_stop: bool = True,
     align_blocks: bool = True,
     max_batch: int | None = None,
@@ -73,8 +73,9 @@ def generate(
     block_length: blocks are filled one after another, each of this many positions.
     decoder:      which tokens a forward accepts (`djax.Threshold`, `djax.Fixed`).
     cache:        None, `djax.Dual` or `djax.Vicinity`: what is run at each forward.
-    temperature:  0 takes the most likely token; above, Gumbel noise from `seed` is added to choose it. Rows of a batch
-                  draw the same noise they would draw alone.
+    temperature:  0 takes the most likely token; above, Gumbel noise from the seed is added to choose it.
+    seed:         one for all prompts, or one a prompt. A row draws the noise it would draw alone, whatever its place in
+                  the batch: equal prompts with one seed give equal answers.
     early_stop:   end a row after the first block with an EOS; otherwise fill its whole canvas.
     align_blocks: block borders at multiples of block_length from the canvas' start (dInfer's start_block_align), so the
                   first block may begin inside the prompt; otherwise at the prompt's end.
@@ -86,13 +87,16 @@ def generate(
     """
     gen_length = whole_number(gen_length, "gen_length", at_least=1)
     block_length = whole_number(block_length, "block_length", at_least=1)
-    seed = whole_number(seed, "seed", at_least=0, at_most=2**32 - 1)
     temperature = real_number(temperature, "temperature", at_least=0.0)
     early_stop, align_blocks = boolean(early_stop, "early_stop"), boolean(align_blocks, "align_blocks")
     plug(decoder, "decoder", ("init", "step"), spelled(DECODERS))
     policy = Uncached() if cache is None else cache
     plug(policy, "cache", ("reach", "plan"), spelled(CACHES))
     ids, single = text.encode(model.tokenizer, prompts, model.config.vocab, model.config.mask_id)
+    seeds = [seed] * len(ids) if np.ndim(seed) == 0 else list(seed)
+    if len(seeds) != len(ids):
+        raise OptionError(f"seed: expected one whole number, or one for each of the {len(ids)} prompts, got {len(seeds)}")
+    seeds = [whole_number(one, "seed", at_least=0, at_most=2**32 - 1) for one in seeds]
     for i, prompt in enumerate(ids):
         if len(prompt) + gen_length > model.config.max_positions:
             raise CanvasError(
@@ -102,22 +106,26 @@ def generate(
             )
     group = len(ids) if max_batch is None else min(len(ids), whole_number(max_batch, "max_batch", at_least=1))
     asks = [
-        _request(ids[i : i + group], group, gen_length, block_length, model.config, seed, temperature, early_stop, align_blocks)
+        request(
+            ids[i : i + group],
+            seeds[i : i + group],
+            model.config,
+            rows=group,
+            gen_length=gen_length,
+            block=block_length,
+            temperature=temperature,
+            early_stop=early_stop,
+            align_blocks=align_blocks,
+        )
         for i in range(0, len(ids), group)
     ]
-    plugs = jax.tree.map(_as_leaf, (decoder, policy))
     for ask in asks:
-        _check_memory(model, ask, *plugs, block_length)
+        _check_memory(model, ask, decoder, policy, block_length)
     enable_cache()
     out: list[Generation] = []
     for ask in asks:
-        out += _run(model, ask, *plugs, block_length)[: len(ids) - len(out)]
+        out += _run(model, ask, decoder, policy, block_length)
     return out[0] if single else out
-
-
-def _as_leaf(value: Any) -> np.ndarray:
-    """Plug numbers as 32-bit arrays: a Python float and a numpy one must not compile apart."""
-    return np.asarray(value, np.float32 if isinstance(value, float | np.floating) else np.int32)
 
 
 def bucket(length: int) -> int:
@@ -126,16 +134,17 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
-def _request(
+def request(
     ids: Sequence[np.ndarray],
+    seeds: Sequence[int],
+    config: Any,
+    *,
     rows: int,
     gen_length: int,
     block: int,
-    config: Any,
-    seed: int,
-    temperature: float,
-    early_stop: bool,
-    align_blocks: bool,
+    temperature: float = 0.0,
+    early_stop: bool = True,
+    align_blocks: bool = True,
 ) -> Request:
     """Lay the prompts out as canvases. Rows beyond the prompts have an empty canvas and never start."""
     prompt = np.array([len(p) for p in ids] + [0] * (rows - len(ids)), np.int32)
@@ -149,7 +158,7 @@ def _request(
         prompt=prompt,
         total=total,
         start=prompt // block * block if align_blocks else prompt,
-        seed=np.full(rows, seed, np.uint32),
+        seed=np.array([*seeds, *[0] * (rows - len(seeds))], np.uint32),
         temperature=np.float32(temperature),
         early_stop=np.bool_(early_stop),
         # Every turn of an unfinished row accepts a token, so no row takes more turns than it has masks.
@@ -160,7 +169,7 @@ def _request(
 def _check_memory(model: Model, ask: Request, decoder: Decoder, policy: Policy, block: int) -> None:
     """Refuse a batch whose carry and largest activations cannot fit the device; an estimate from below."""
     rows, length = ask.tokens.shape
-    c = model.config
+    c, block = model.config, min(block, length)
     shapes = [jax.eval_shape(lambda: decoder.init(rows, block, c.vocab))]
     if policy.keeps:
         shapes.append(jax.eval_shape(lambda p: model.family.empty_cache(p, c, rows, length), model.params))
@@ -169,11 +178,13 @@ def _check_memory(model: Model, ask: Request, decoder: Decoder, policy: Policy, 
     need = model.parameter_bytes + carried + logits + 4 * c.heads * length * length
     have = device_memory()
     if need > have:
-        raise BatchError(
-            f"{rows} prompts on a canvas of {length} need at least {need / 2**30:.1f} GiB, "
-            f"the device has {have / 2**30:.1f} GiB; "
-            f"pass max_batch (it changes no answer), or lower gen_length (now {int(ask.cap)})"
-        )
+        raise _does_not_fit(ask, f"at least {need / 2**30:.1f} GiB, the device has {have / 2**30:.1f} GiB")
+
+
+def _does_not_fit(ask: Request, need: str) -> BatchError:
+    rows, length = ask.tokens.shape
+    cure = "pass max_batch (it changes no answer)" if rows > 1 else "lower gen_length or block_length"
+    return BatchError(f"{rows} prompts on a canvas of {length} need {need}; {cure}")
 
 
 def device_memory() -> int:
@@ -183,33 +194,44 @@ def device_memory() -> int:
 
 
 _programs: dict[Any, Any] = {}
+_MOST_PROGRAMS = 64
 
 
-def program(model: Model, ask: Request, decoder: Decoder, policy: Policy, block: int) -> tuple[Any, float]:
+def compiled(model: Model, ask: Request, decoder: Decoder, policy: Policy, block: int) -> tuple[Any, float]:
     """The compiled decode for these shapes, and the seconds it took to get it: 0 if this process had it already."""
+    # A block, however long, is never more than the canvas.
+    block = min(block, ask.tokens.shape[1])
     statics = dict(family=model.family, config=model.config, block=block, sampled=bool(ask.temperature > 0))
     leaves, tree = jax.tree.flatten((model.params, ask, decoder, policy))
-    key = (tree, tuple((a.shape, a.dtype, getattr(a, "sharding", None)) for a in leaves), *statics.values())
+    kinds = tuple((np.shape(a), getattr(a, "dtype", type(a)), getattr(a, "sharding", None)) for a in leaves)
+    key = (tree, kinds, *statics.values())
     if key in _programs:
         return _programs[key], 0.0
     began = time.perf_counter()
-    # Full float32 products on every platform: GPUs would otherwise round float32 operands to TF32. No effect on bfloat16.
-    with jax.default_matmul_precision("highest"):
-        _programs[key] = decode.lower(model.params, ask, decoder, policy, **statics).compile()
-    return _programs[key], time.perf_counter() - began
+    with exact_products(model.dtype):
+        made = decode.lower(model.params, ask, decoder, policy, **statics).compile()
+    if len(_programs) == _MOST_PROGRAMS:
+        del _programs[next(iter(_programs))]
+    _programs[key] = made
+    return made, time.perf_counter() - began
 
 
 def _run(model: Model, ask: Request, decoder: Decoder, policy: Policy, block: int) -> list[Generation]:
-    compiled, compiling = program(model, ask, decoder, policy, block)
-    began = time.perf_counter()
-    last = compiled(model.params, ask, decoder, policy)
-    rows = jax.device_get(last.rows._replace(decoder=()))
+    try:
+        program, compiling = compiled(model, ask, decoder, policy, block)
+        began = time.perf_counter()
+        last = program(model.params, ask, decoder, policy)
+        rows = jax.device_get(last.rows._replace(decoder=()))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise _does_not_fit(ask, "more memory than the device has left") from error
+        raise
     timing = Timing(compile=compiling, decode=time.perf_counter() - began)
     if rows.active.any():
-        stuck = np.flatnonzero(rows.active).tolist()
         raise TripCapError(
-            f"rows {stuck} still hold masks after {int(ask.cap)} turns: the decoder {type(decoder).__name__} accepted nothing "
-            "in some turn, against its contract (djax/decoding/contract.py)"
+            f"rows {np.flatnonzero(rows.active).tolist()} still hold masks after {int(ask.cap)} turns: either the model's "
+            f"logits are not finite (look at djax.logits), or the decoder {type(decoder).__name__} accepted nothing in some "
+            "turn, against its contract (djax/decoding/contract.py)"
         )
     return [_generation(model, rows, ask, b, timing) for b in range(len(ask.prompt)) if ask.total[b]]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from djax.compilation import enable_cache
-from djax.errors import PromptError
+from djax.errors import CanvasError, PromptError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,12 +38,21 @@ class Model:
     def parameter_bytes(self) -> int:
         return sum(a.nbytes for a in jax.tree.leaves(self.params))
 
+    @property
+    def dtype(self) -> Any:
+        """Of every parameter."""
+        return jax.tree.leaves(self.params)[0].dtype
+
     def __repr__(self) -> str:
         name = self.family.__name__.rsplit(".", 1)[-1]
-        dtype = self.params["embedding"].dtype
-        return (
-            f"Model({name}, {self.parameter_count:,} parameters, {dtype}, mask {self.config.mask_id}, eos {self.config.eos_id})"
-        )
+        ids = f"mask {self.config.mask_id}, eos {self.config.eos_id}"
+        return f"Model({name}, {self.parameter_count:,} parameters, {self.dtype}, {ids})"
+
+
+def exact_products(dtype: Any) -> AbstractContextManager:
+    """Full float32 products for float32 parameters, which GPUs would otherwise round to TF32; the platform's own choice
+    for bfloat16, whose products are exact in float32 anyway."""
+    return jax.default_matmul_precision("highest") if dtype == jnp.float32 else nullcontext()
 
 
 @partial(jax.jit, static_argnames=("family", "config"))
@@ -56,18 +66,22 @@ def logits(model: Model, tokens: Any, lengths: Any = None) -> jax.Array:
     """The plain full-canvas forward: token ids int `[B, L]` -> float32 `[B, L, V]`.
 
     lengths int `[B]` says how many leading tokens of each row are real (default: all); what follows is seen by nobody
-    and its logits mean nothing. Raises `PromptError` for another shape or an id outside the vocabulary.
+    and its logits mean nothing. Raises `PromptError` for another shape or an id outside the vocabulary, `CanvasError` for more
+    positions than the model has.
     """
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or not tokens.size:
         raise PromptError(f"tokens: expected integers of shape [B, L], got {tokens.dtype} of shape {tokens.shape}")
     if tokens.min() < 0 or tokens.max() >= model.config.vocab:
         raise PromptError(f"tokens: expected ids from 0 to {model.config.vocab - 1}, got {tokens.min()} to {tokens.max()}")
+    if tokens.shape[1] > model.config.max_positions:
+        raise CanvasError(f"tokens: {tokens.shape[1]} positions, the model has {model.config.max_positions}")
     lengths = np.full(len(tokens), tokens.shape[1]) if lengths is None else np.asarray(lengths)
-    if lengths.shape != tokens.shape[:1] or lengths.min() < 1 or lengths.max() > tokens.shape[1]:
+    whole = np.issubdtype(lengths.dtype, np.integer) and lengths.shape == tokens.shape[:1]
+    if not whole or lengths.min() < 1 or lengths.max() > tokens.shape[1]:
         raise PromptError(f"lengths: expected {len(tokens)} integers from 1 to {tokens.shape[1]}, got {lengths.tolist()}")
     enable_cache()
-    with jax.default_matmul_precision("highest"):
+    with exact_products(model.dtype):
         return _logits(
             model.params, tokens.astype(np.int32), lengths.astype(np.int32), family=model.family, config=model.config
         )

@@ -16,13 +16,13 @@ def parse(text: str, registry: Mapping[str, type], name: str) -> Any:
     """
     try:
         return _build(ast.parse(text.strip(), mode="eval").body, registry, name)
-    except SyntaxError as error:
+    except (SyntaxError, RecursionError, MemoryError) as error:
         raise OptionError(f"{name}: cannot read {text!r}; write it like {_example(registry)}") from error
 
 
 def _build(node: ast.expr, registry: Mapping[str, type], name: str) -> Any:
     if isinstance(node, ast.Constant) and node.value is None:
-        node = ast.Name("none")
+        node = ast.Name("none")  # so that repr(None) reads back
     call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
     if not isinstance(call.func, ast.Name):
         raise OptionError(f"{name}: cannot read {ast.unparse(node)!r}; write it like {_example(registry)}")
@@ -30,10 +30,9 @@ def _build(node: ast.expr, registry: Mapping[str, type], name: str) -> Any:
     if kind is None:
         raise OptionError(f"{name}: unknown {call.func.id!r}; there are: {', '.join(sorted(registry))}")
     takes = [f.name for f in dataclasses.fields(kind)]
-    signature = f"{kind.__name__}({', '.join(f'{f.name}={f.default!r}' for f in dataclasses.fields(kind))})"
     given = [k.arg for k in call.keywords]
     if len(call.args) > len(takes) or set(given) - set(takes) or set(given) & set(takes[: len(call.args)]):
-        raise OptionError(f"{name}: {ast.unparse(node)} does not fit {signature}")
+        raise OptionError(f"{name}: {ast.unparse(node)} does not fit {kind()!r}")
     return kind(
         *(_value(a, registry, name) for a in call.args), **{k.arg: _value(k.value, registry, name) for k in call.keywords}
     )
@@ -42,7 +41,7 @@ def _build(node: ast.expr, registry: Mapping[str, type], name: str) -> Any:
 def _value(node: ast.expr, registry: Mapping[str, type], name: str) -> Any:
     try:
         return ast.literal_eval(node)
-    except ValueError:
+    except (ValueError, TypeError):
         return _build(node, registry, name)
 
 

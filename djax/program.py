@@ -143,7 +143,8 @@ def decode(
     Returns the last carry; `rows.active` there is true only for rows that hit the cap on turns.
     """
     batch, length = ask.tokens.shape
-    before, after = policy.reach()
+    # What reaches beyond the canvas on every side is cut off anyway; cut here, it costs nothing.
+    before, after = (min(reach, length) for reach in policy.reach())
     width = before + block + after
     everywhere = jnp.arange(length, dtype=jnp.int32)[None, :]
 

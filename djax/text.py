@@ -80,6 +80,7 @@ def _one(tokenizer: Any, prompt: Any) -> np.ndarray:
     if isinstance(prompt, str):
         if not prompt.strip():
             raise PromptError("prompts: expected some text, got an empty prompt")
+        _encodable(prompt)
         if not tokenizer.chat_template:
             return _ids(tokenizer(prompt)["input_ids"])
         prompt = [{"role": "user", "content": prompt}]
@@ -88,6 +89,7 @@ def _one(tokenizer: Any, prompt: Any) -> np.ndarray:
             raise PromptError(f"prompts: expected chat messages with the strings 'role' and 'content', got {message!r}")
         if message["role"] not in ("system", "user", "assistant"):
             raise PromptError(f"prompts: expected role system, user or assistant, got {message['role']!r}")
+        _encodable(message["content"])
     if not prompt[-1]["content"].strip():
         raise PromptError("prompts: expected some text, got an empty last message")
     if not tokenizer.chat_template:
@@ -95,8 +97,18 @@ def _one(tokenizer: Any, prompt: Any) -> np.ndarray:
     return _ids(tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True)["input_ids"])
 
 
+def _encodable(prompt: str) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(f"prompts: expected text that UTF-8 can write, got {prompt!r}: {error}") from error
+
+
 def _ids(prompt: Any) -> np.ndarray:
-    array = np.asarray(prompt)
+    try:
+        array = np.asarray(prompt)
+    except ValueError as error:
+        raise PromptError(f"prompts: expected token ids as integers of shape [P], got {prompt!r}") from error
     if array.size and (array.ndim != 1 or not np.issubdtype(array.dtype, np.integer)):
         raise PromptError(f"prompts: expected token ids as integers of shape [P], got {array.dtype} of shape {array.shape}")
     return array

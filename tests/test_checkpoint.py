@@ -39,6 +39,25 @@ def same_params(a, b):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
+def test_export_in_another_dtype(tmp_path):
+    wide = djax.load(GOLDENS / "moe_a")
+    djax.export_hf(wide, tmp_path / "wide", dtype="float32")
+    assert {t.dtype for t in tensors(tmp_path / "wide").values()} == {np.dtype(np.float32)}
+    assert json.loads((tmp_path / "wide" / "config.json").read_text())["torch_dtype"] == "float32"
+    narrow = djax.load(tmp_path / "wide", dtype="bfloat16")
+    djax.export_hf(narrow, tmp_path / "narrow")
+    assert {t.dtype for t in tensors(tmp_path / "narrow").values()} == {jnp.dtype(jnp.bfloat16)}, "never wider than it is"
+
+
+def test_large_exports_are_cut_into_shards(tmp_path, moe_a, monkeypatch):
+    monkeypatch.setattr("djax.convert.safetensors_files.write.__defaults__", (200_000,))
+    djax.export_hf(moe_a, tmp_path / "out")
+    files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
+    assert files == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert max(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors")) < 220_000
+    same_params(djax.load(tmp_path / "out").params, moe_a.params)
+
+
 @pytest.mark.parametrize("name", ["moe_a", "moe_b"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_export_is_bit_equal(name, dtype, tmp_path):
@@ -75,6 +94,9 @@ def test_shards_with_an_index(copy, moe_a):
     index["weight_map"][names[0]] = "../elsewhere.safetensors"
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="points outside"):
+        djax.load(copy)
+    (copy / "model.safetensors.index.json").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match="expected JSON"):
         djax.load(copy)
     (copy / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(CheckpointError, match="expected JSON with a 'weight_map'"):
@@ -175,7 +197,15 @@ def edit(directory, **changes):
         ({"shared_expert_intermediate_size": 32}, UnsupportedModelError, "shared_expert_intermediate_size=32"),
         ({"moe_layer_freq": [0, 1, 1]}, UnsupportedModelError, "every layer is MoE"),
         ({"num_key_value_heads": 3}, UnsupportedModelError, "expected: a divisor of num_attention_heads=4"),
-        ({"hidden_size": "64"}, UnsupportedModelError, r"hidden_size='64' \(expected: a positive integer\)"),
+        ({"hidden_size": "64"}, UnsupportedModelError, r"hidden_size='64' \(expected: a positive whole number\)"),
+        ({"num_key_value_heads": "4"}, UnsupportedModelError, r"num_key_value_heads='4' \(expected: a positive whole number"),
+        ({"head_dim": -2}, UnsupportedModelError, r"head_dim=-2 \(expected: a positive whole number\)"),
+        ({"rms_norm_eps": None}, UnsupportedModelError, r"rms_norm_eps=None \(expected: a positive number\)"),
+        ({"rope_theta": "absent"}, UnsupportedModelError, "rope_theta=None"),
+        ({"rope_parameters": {"rope_theta": 7.0}}, UnsupportedModelError, r"rope_theta=50000 \(rope_parameters says 7.0\)"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 50000}}, UnsupportedModelError, "rope_type='yarn'"),
+        ({"norm_topk_prob": "false"}, UnsupportedModelError, "norm_topk_prob='false'"),
+        ({"moe_layer_freq": 1}, UnsupportedModelError, "moe_layer_freq=1"),
         ({"num_experts_per_tok": 9}, UnsupportedModelError, "expected: at most num_experts=8"),
         ({"eos_token_id": 320}, CheckpointError, "the eos token id 320 is outside the vocabulary of 320; set eos_token_id"),
         ({"mask_token_id": "absent"}, CheckpointError, "the mask token id 156895 is outside the vocabulary of 320"),
@@ -189,6 +219,11 @@ def test_configs(copy, changes, kind, message, capsys):
         djax.load(copy)
     if changes == {"mask_token_id": "absent"}:
         assert "names no mask token; using the family's default, id 156895" in capsys.readouterr().err
+
+
+def test_rotary_settings_in_a_table_of_their_own(copy, moe_a):
+    edit(copy, rope_theta="absent", rope_parameters={"rope_theta": 50000.0, "rope_type": "default"})
+    assert djax.load(copy).config == moe_a.config
 
 
 def test_config_that_is_not_json(copy):

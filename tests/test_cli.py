@@ -80,7 +80,7 @@ def test_info_and_convert(tmp_path):
         (["generate", "--file", "/nowhere"], "--file: /nowhere does not exist"),
         (["generate", QUESTION, "--lines"], "--lines goes with --file"),
         (["generate", QUESTION, "--model", "/nowhere"], "/nowhere: expected a checkpoint directory"),
-        (["generate", QUESTION, "--gen-length", "0"], "gen_length: expected a whole number, at least 1, got 0"),
+        (["generate", QUESTION, "--gen-length", "0"], "gen_length: expected a whole number, at least 1"),
         (["generate", QUESTION, "--gen-length", "2000"], "gen_length may be 9"),
         (["generate", QUESTION, "--decoder", "Fixed(0.9)"], "Fixed(per_step=...): expected a whole number"),
         (["generate", QUESTION, "--decoder", "Fixed(tau=0.9)"], "Fixed(tau=0.9) does not fit Fixed(per_step=1)"),
@@ -90,6 +90,9 @@ def test_info_and_convert(tmp_path):
         (["convert", str(GOLDENS / "moe_a"), "out", "--to", "gguf"], "--to: expected orbax or hf, got 'gguf'"),
         (["train", "smal", "--out", "x"], "config: unknown 'smal'; there are: small"),
         (["evaluate", "--problems", "0"], "--problems: expected a whole number"),
+        (["evaluate", "--batch", "0"], "--batch: expected a whole number"),
+        (["convert", str(GOLDENS / "moe_a"), "/"], "already exists"),
+        (["generate", "--file", sys.executable], "cannot be read as UTF-8"),
         (["generate", QUESTION, "--steps", "4"], "--steps"),
     ],
 )

@@ -2,7 +2,10 @@
 
 import re
 import sys
+from decimal import Decimal
+from fractions import Fraction
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,19 +19,22 @@ IDS = [1, 2, 3]
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(gen_length=0), "gen_length: expected a whole number, at least 1, got 0"),
+        (dict(gen_length=0), "gen_length: expected a whole number, at least 1 and at most 2147483647, got 0"),
         (dict(gen_length=-3), "gen_length: .* got -3"),
         (dict(gen_length=1.5), "gen_length: .* got 1.5 of type float"),
         (dict(gen_length=True), "gen_length: .* got True of type bool"),
-        (dict(block_length=0), "block_length: expected a whole number, at least 1, got 0"),
+        (dict(block_length=0), "block_length: expected a whole number, at least 1 .* got 0"),
         (dict(block_length="32"), "block_length: .* got '32' of type str"),
         (dict(temperature=-0.1), "temperature: expected a finite number at least 0.0, got -0.1"),
         (dict(temperature=float("nan")), "temperature: .* got nan"),
         (dict(seed=-1), "seed: expected a whole number, at least 0 and at most 4294967295, got -1"),
         (dict(seed=2**32), "seed: .* got 4294967296"),
+        (dict(seed=[1, 2]), "seed: expected one whole number, or one for each of the 1 prompts, got 2"),
+        (dict(seed=0.5), "seed: .* got 0.5 of type float"),
+        (dict(block_length=2**40), "block_length: .* at most 2147483647, got 1099511627776"),
         (dict(early_stop="yes"), "early_stop: expected True or False, got 'yes'"),
         (dict(align_blocks=1), "align_blocks: expected True or False, got 1"),
-        (dict(max_batch=0), "max_batch: expected a whole number, at least 1, got 0"),
+        (dict(max_batch=0), "max_batch: expected a whole number, at least 1 .* got 0"),
         (dict(decoder="threshold"), r"decoder: expected one of djax.Threshold\(...\), djax.Fixed\(...\), .* got 'threshold'"),
         (dict(decoder=djax.Threshold), "decoder: expected one of .* got <class"),
         (dict(cache=djax.Threshold()), r"cache: expected one of None, djax.Dual\(...\), djax.Vicinity\(...\), got"),
@@ -53,8 +59,18 @@ def test_unknown_options_are_errors(moe_a):
         (lambda: djax.Threshold(float("inf")), "got inf"),
         (lambda: djax.Threshold("0.9"), "got '0.9' of type str"),
         (lambda: djax.Threshold(None), "got None of type NoneType"),
-        (lambda: djax.Fixed(0), r"Fixed\(per_step=...\): expected a whole number, at least 1, got 0"),
+        (lambda: djax.Fixed(0), r"Fixed\(per_step=...\): expected a whole number, at least 1 .* got 0"),
         (lambda: djax.Fixed(1.0), "got 1.0 of type float"),
+        (lambda: djax.Threshold(1e-60), "expected a finite number above 0.0, got 1e-60"),
+        (lambda: djax.Threshold(1e300), "got 1e[+]300"),
+        (lambda: djax.Threshold(Decimal("0.9")), "of type Decimal"),
+        (lambda: djax.Threshold(np.ones(2)), "of type ndarray"),
+        (lambda: djax.Threshold(jnp.float32(jnp.nan)), "got nan"),
+        (lambda: djax.Threshold({1}), "of type set"),
+        (lambda: djax.Fixed(2**40), "at most 2147483647, got 1099511627776"),
+        (lambda: djax.Credit(djax.Threshold), r"Credit\(inner=...\): expected one of the decoders .* got <class"),
+        (lambda: djax.Credit(beta=1.5), r"Credit\(beta=...\): .* at least 0.0 at most 1.0, got 1.5"),
+        (lambda: djax.Hierarchy(0.4, 0.4), "expected low below high, got low=0.4, high=0.4"),
         (lambda: djax.Dual(every=0), r"Dual\(every=...\): .* got 0"),
         (lambda: djax.Vicinity(before=-1), r"Vicinity\(before=...\): .* got -1"),
         (lambda: djax.Vicinity(warmup=0.5), r"Vicinity\(warmup=...\): .* got 0.5"),
@@ -64,6 +80,14 @@ def test_unknown_options_are_errors(moe_a):
 def test_plugs(make, message):
     with pytest.raises(OptionError, match=message):
         make()
+
+
+@pytest.mark.parametrize("tau", [0.9, np.float64(0.9), np.array(0.9), jnp.float32(0.9), Fraction(9, 10)])
+def test_every_spelling_of_a_number_is_the_same_number(tau):
+    assert type(djax.Threshold(tau).tau) is float
+    assert djax.Threshold(tau).tau == pytest.approx(0.9, abs=1e-7)
+    assert type(djax.Threshold(2).tau) is float
+    assert type(djax.Fixed(np.int64(3)).per_step) is int
 
 
 def test_a_threshold_above_one_is_legal():
@@ -85,6 +109,7 @@ def test_a_threshold_above_one_is_legal():
         (np.array([1.5]), "expected token ids as integers of shape .*float64"),
         (np.zeros((1, 1, 1), int), r"got an array of shape \(1, 1, 1\)"),
         (7, "expected a string, .* got int"),
+        ([[[1], [2, 3]]], "expected token ids as integers"),
         ("text", "this checkpoint has no tokenizer.json"),
     ],
 )
@@ -105,6 +130,19 @@ def test_the_forms_of_a_prompt(moe_a):
         np.testing.assert_array_equal(row.canvas, one.canvas)
 
 
+def test_prompts_as_text(small):
+    for prompts, message in (
+        ("\ud800", "expected text that UTF-8 can write"),
+        ("  ", "expected some text, got an empty prompt"),
+        ("so <|mask|>!", r"contains the mask token \(1, '<\|mask\|>'\)"),
+        ([{"role": "user"}], "expected chat messages with the strings 'role' and 'content'"),
+        ([{"role": "tool", "content": "x"}], "expected role system, user or assistant, got 'tool'"),
+        ([{"role": "user", "content": " "}], "got an empty last message"),
+    ):
+        with pytest.raises(PromptError, match=message):
+            djax.generate(small, prompts)
+
+
 def test_canvas_longer_than_the_model(moe_a):
     with pytest.raises(CanvasError, match=r"3 tokens \+ gen_length 8190 = 8193 positions, .* has 8192; .* 8189 at most"):
         djax.generate(moe_a, IDS, gen_length=8190)
@@ -115,6 +153,8 @@ def test_a_batch_that_does_not_fit(moe_a, monkeypatch):
     monkeypatch.setattr(sys.modules["djax.generate"], "device_memory", lambda: 2**20)
     with pytest.raises(BatchError, match=r"8 prompts on a canvas of 192 .*pass max_batch"):
         djax.generate(moe_a, [IDS] * 8, cache=djax.Dual())
+    with pytest.raises(BatchError, match=r"1 prompts .*lower gen_length or block_length"):
+        djax.generate(moe_a, IDS, cache=djax.Dual())
 
 
 def test_logits_checks_its_tokens(moe_a):
@@ -125,8 +165,11 @@ def test_logits_checks_its_tokens(moe_a):
     ):
         with pytest.raises(PromptError, match=message):
             djax.logits(moe_a, tokens)
-    with pytest.raises(PromptError, match="lengths: expected 1 integers from 1 to 3, got"):
-        djax.logits(moe_a, [IDS], lengths=[4])
+    for lengths in ([4], [1.0], [1, 2]):
+        with pytest.raises(PromptError, match="lengths: expected 1 integers from 1 to 3, got"):
+            djax.logits(moe_a, [IDS], lengths=lengths)
+    with pytest.raises(CanvasError, match="8193 positions, the model has 8192"):
+        djax.logits(moe_a, np.zeros((1, 8193), int))
 
 
 REGISTRY = {"threshold": djax.Threshold, "vicinity": djax.Vicinity}
@@ -156,6 +199,7 @@ def test_plugs_as_text(text, plug):
         ("__import__('os').getcwd()", "--decoder: cannot read"),
         ("Threshold(open)", "--decoder: unknown 'open'"),
         ("Threshold('a')", "got 'a' of type str"),
+        ("Threshold({[]: 1})", "--decoder: cannot read"),
     ],
 )
 def test_bad_plugs_as_text(text, message):

@@ -64,14 +64,15 @@ def attend(
         s = jnp.einsum("bwghk,blgk->bghwl", q, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
         return jnp.where(seen[:, None, None, None, :], s, HIDDEN)
 
+    def weigh(p: jax.Array, values: jax.Array) -> jax.Array:
+        return jnp.einsum("bghwl,blgk->bwghk", p.astype(v.dtype), values, preferred_element_type=jnp.float32)
+
     if cached is None:
-        p = jax.nn.softmax(scores(k, valid), axis=-1).astype(v.dtype)
-        out = jnp.einsum("bghwl,blgk->bwghk", p, v)
+        out = weigh(jax.nn.softmax(scores(k, valid), axis=-1), v)
     else:
         cached_k, cached_v = cached
-        s = jnp.concatenate([scores(cached_k, visible), scores(k, valid)], axis=-1)
-        p = jax.nn.softmax(s, axis=-1).astype(v.dtype)
+        p = jax.nn.softmax(jnp.concatenate([scores(cached_k, visible), scores(k, valid)], axis=-1), axis=-1)
         length = cached_k.shape[1]
-        out = jnp.einsum("bghwl,blgk->bwghk", p[..., :length], cached_v)
-        out = out + jnp.einsum("bghwl,blgk->bwghk", p[..., length:], v)
-    return out.reshape(batch, window, heads, head_dim)
+        # Both parts stay float32 until they are summed: in bfloat16 they are rounded once, as one product would be.
+        out = weigh(p[..., :length], cached_v) + weigh(p[..., length:], v)
+    return out.astype(v.dtype).reshape(batch, window, heads, head_dim)

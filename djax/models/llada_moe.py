@@ -57,47 +57,59 @@ class Config:
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], mask_id: int, eos_id: int) -> "Config":
-        """Read HF's config.json. Raises `UnsupportedModelError` naming every absent or unimplemented setting at once."""
+        """Read HF's config.json. Raises `UnsupportedModelError` naming every absent, malformed or unimplemented setting."""
         wrong = [f"{k}={hf[k]!r} (implemented: {ok[0]!r})" for k, ok in _OFF.items() if k in hf and hf[k] not in ok]
-        if any(f != 1 for f in hf.get("moe_layer_freq") or ()):
-            wrong.append(f"moe_layer_freq={hf['moe_layer_freq']!r} (implemented: every layer is MoE)")
-        need = {
-            "vocab": "vocab_size",
-            "width": "hidden_size",
-            "layers": "num_hidden_layers",
-            "heads": "num_attention_heads",
-            "expert_width": "expert_intermediate_size",
-            "experts": "num_experts",
-            "top": "num_experts_per_tok",
-            "max_positions": "max_position_embeddings",
-        }
-        sizes = {}
-        for field, key in need.items():
-            value = hf.get(key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                wrong.append(f"{key}={value!r} (expected: a positive integer)")
-            sizes[field] = value
-        if not wrong:
-            head_dim = hf.get("head_dim") or sizes["width"] // sizes["heads"]
-            groups = hf.get("num_key_value_heads") or sizes["heads"]
-            if sizes["heads"] % groups:
-                wrong.append(f"num_key_value_heads={groups} (expected: a divisor of num_attention_heads={sizes['heads']})")
-            if head_dim % 2:
-                wrong.append(f"head_dim={head_dim} (expected: even, for rotary positions)")
-            if sizes["top"] > sizes["experts"]:
-                wrong.append(f"num_experts_per_tok={sizes['top']} (expected: at most num_experts={sizes['experts']})")
-        if wrong:
-            raise UnsupportedModelError("config.json asks for what LLaDA-MoE in djax does not have: " + "; ".join(wrong))
-        return cls(
-            **sizes,
+
+        def get(key: str, kind: type, default: Any = None) -> Any:
+            """A positive number of this kind; `default` where the key is absent or null and there is a default."""
+            value = hf.get(key) if hf.get(key) is not None else default
+            good = isinstance(value, int | kind) and not isinstance(value, bool) and value > 0
+            if not good:
+                wrong.append(f"{key}={value!r} (expected: a positive {'whole number' if kind is int else 'number'})")
+            return kind(value) if good else kind(1)
+
+        frequencies = hf.get("moe_layer_freq")
+        if frequencies is not None and (not isinstance(frequencies, list) or any(f != 1 for f in frequencies)):
+            wrong.append(f"moe_layer_freq={frequencies!r} (implemented: every layer is MoE)")
+        if hf.get("norm_topk_prob") not in (True, False, None):
+            wrong.append(f"norm_topk_prob={hf['norm_topk_prob']!r} (expected: true, false or null)")
+        # transformers 5 writes rotary settings into a table of their own.
+        rope = hf.get("rope_parameters") or {}
+        if rope:
+            if rope.get("rope_type", "default") != "default":
+                wrong.append(f"rope_parameters.rope_type={rope['rope_type']!r} (implemented: 'default')")
+            if "rope_theta" in hf and hf["rope_theta"] != rope.get("rope_theta"):
+                wrong.append(f"rope_theta={hf['rope_theta']!r} (rope_parameters says {rope.get('rope_theta')!r})")
+            hf = {**hf, "rope_theta": rope.get("rope_theta")}
+        heads, width = get("num_attention_heads", int), get("hidden_size", int)
+        groups, head_dim = get("num_key_value_heads", int, heads), get("head_dim", int, width // heads)
+        experts, top = get("num_experts", int), get("num_experts_per_tok", int)
+        config = cls(
+            vocab=get("vocab_size", int),
+            width=width,
+            layers=get("num_hidden_layers", int),
+            heads=heads,
             groups=groups,
             head_dim=head_dim,
+            expert_width=get("expert_intermediate_size", int),
+            experts=experts,
+            top=top,
             renormalise=bool(hf.get("norm_topk_prob")),
-            rope_theta=float(hf.get("rope_theta", 10000.0)),
-            eps=float(hf.get("rms_norm_eps", 1e-5)),
+            rope_theta=get("rope_theta", float),
+            eps=get("rms_norm_eps", float),
+            max_positions=get("max_position_embeddings", int),
             mask_id=mask_id,
             eos_id=eos_id,
         )
+        if heads % groups:
+            wrong.append(f"num_key_value_heads={groups} (expected: a divisor of num_attention_heads={heads})")
+        if head_dim % 2 and not wrong:
+            wrong.append(f"head_dim={head_dim} (expected: even, for rotary positions)")
+        if top > experts:
+            wrong.append(f"num_experts_per_tok={top} (expected: at most num_experts={experts})")
+        if wrong:
+            raise UnsupportedModelError("config.json asks for what LLaDA-MoE in djax does not have: " + "; ".join(wrong))
+        return config
 
 
 class LLaDAMoE(nn.Module):

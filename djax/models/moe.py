@@ -39,10 +39,10 @@ def experts(x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: jax.Array, w
     valid bool `[T]`: rows that are padding get an arbitrary finite value and, where the back end can, cost nothing.
     The back end is chosen when the program is lowered, from platform and token count: every weight is read anyway
     by the few hundred tokens of a window step, so on an accelerator one dense product is at the memory roofline and
-    its surplus FLOPs are free; on a CPU, and for a whole canvas, only the chosen experts are worth computing.
+    its surplus FLOPs are free; on a CPU, and for a whole canvas, only the chosen experts are worth computing. The
+    border for accelerators is reckoned from an H100's FLOPs a byte, not measured.
     """
-    tokens = x.shape[0]
-    accelerator = dense if tokens <= 256 else grouped
+    accelerator = dense if x.shape[0] <= 1024 else grouped
     return jax.lax.platform_dependent(x, weights, ids, w_in, w_out, valid, cpu=grouped, default=accelerator)
 
 

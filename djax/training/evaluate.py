@@ -45,7 +45,7 @@ def evaluate(model: Model, problems: list[Problem], *, max_batch: int = 25, prog
     answers = []
     compiling = decoding = 0.0
     for i in range(0, len(problems), max_batch):
-        part = generate(model, [p.question for p in problems[i : i + max_batch]], max_batch=max_batch, **options)
+        part = generate(model, [p.question for p in problems[i : i + max_batch]], **options)
         compiling, decoding = compiling + part[0].timing.compile, decoding + part[0].timing.decode
         answers += part
         if progress is not None:

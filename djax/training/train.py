@@ -122,8 +122,9 @@ class _Hashable:
 def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 20) -> Model:
     """Train, or go on training, in `directory`; returns the model and leaves it in `directory/model` in HF layout.
 
-    `directory` gets tokenizer/, checkpoints/ (Orbax) and log.jsonl (step, examples, loss, tokens/s, seconds).
-    Batches and noise depend on the seed and the step alone, so an interrupted run equals an uninterrupted one.
+    `directory` gets run.json, tokenizer/, checkpoints/ (Orbax) and log.jsonl (step, examples, loss, tokens/s, seconds).
+    Batches and noise depend on the seed and the step alone, so an interrupted run equals an uninterrupted one. Raises
+    `OptionError` if the directory holds a finished run or one with other settings.
     """
     from orbax.checkpoint.experimental.v1 import training as orbax
 
@@ -131,6 +132,11 @@ def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 
         raise OptionError(f"{directory / 'model'}: this run is finished; choose another directory or remove it")
     enable_cache()
     directory.mkdir(parents=True, exist_ok=True)
+    record, described = directory / "run.json", json.dumps(dataclasses.asdict(run), indent=1)
+    if not record.exists():
+        record.write_text(described)
+    elif record.read_text() != described:
+        raise OptionError(f"{record}: this directory holds a run with other settings; choose another directory")
     if not (directory / "tokenizer" / "tokenizer.json").is_file():
         tokenizer.train(directory / "tokenizer", run.architecture["vocab_size"], run.seed)
     words = text.load_tokenizer(directory / "tokenizer")
