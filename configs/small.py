@@ -29,8 +29,10 @@ RUN = Run(
         "torch_dtype": "float32",
     },
     stages=(
-        Stage(until=1500, lengths=(96, 128), drills=0.5),
-        Stage(until=3500, lengths=(96, 128, 160, 192, 192, 256), drills=0.15),
+        Stage(until=1200, lengths=(96, 128), drills=0.5),
+        Stage(until=1600, lengths=(64, 64, 96, 128), drills=0.6, easy=0.5),
+        Stage(until=2300, lengths=(96, 128), drills=0.4, easy=0.25),
+        Stage(until=3700, lengths=(96, 128, 160, 192, 192, 256), drills=0.15),
     ),
     cooldown=1000,
 )

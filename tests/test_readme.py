@@ -35,7 +35,7 @@ def test_python_blocks_print_what_the_readme_says(tmp_path, monkeypatch):
             assert following == ("text", printed.getvalue())
         ran += 1
     assert ran == 2
-    assert names["out"].text.endswith("#### 17")
+    assert names["out"].text.endswith("#### 14")
     assert (tmp_path / "llada-moe-hf" / "model.safetensors").read_bytes() == (SHIPPED / "model.safetensors").read_bytes()
 
 

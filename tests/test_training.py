@@ -28,7 +28,7 @@ def test_problems_are_right_and_told_apart():
         assert len(calculations) == p.steps
         assert all(eval(left) == int(right) for left, right in calculations)
         assert 0 < p.result <= problems.LIMIT
-    for p in [problems.drill(rng, 5) for _ in range(200)]:
+    for p in [problems.drill(rng, 5, easy=0.3) for _ in range(200)]:
         sums = [c.split("=") for c in p.answer.split("\n")[0].rstrip(".").split(". ")]
         assert all(eval(left) == int(right) <= problems.LIMIT for left, right in sums)
         assert p.question == f"Work out {', '.join(left for left, _ in sums)}."
@@ -67,7 +67,7 @@ def test_tokenizer(small):
 
 
 def test_batches(small):
-    tokens, response = data.batch(small.tokenizer, random.Random(0), 16, 192, 0.5, small.config.eos_id)
+    tokens, response = data.batch(small.tokenizer, random.Random(0), 16, 192, 0.5, 0.5, small.config.eos_id)
     assert tokens.shape == response.shape == (16, 192)
     for row, answer in zip(tokens, response, strict=True):
         start = int(answer.argmax())

@@ -17,11 +17,12 @@ def example(tokenizer: Any, problem: problems.Problem) -> tuple[list[int], list[
 
 
 def batch(
-    tokenizer: Any, rng: random.Random, rows: int, length: int, drills: float, eos_id: int
+    tokenizer: Any, rng: random.Random, rows: int, length: int, drills: float, easy: float, eos_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """tokens int32 and response bool, both `[rows, length]`, from freshly drawn training problems.
 
-    drills is the share of rows that are lists of sums, as long as the canvas allows. The response runs to the end of the
+    drills is the share of rows that are lists of sums, as long as the canvas allows, and easy the share of sums on single
+    digits in them. The response runs to the end of the
     canvas, EOS included, so that answers learn to end. Problems that do not fit with at least one EOS are passed over: a
     short canvas means short problems.
     """
@@ -33,7 +34,7 @@ def batch(
         if tries > 1000 * rows:
             raise OptionError(f"length: hardly any problem fits a canvas of {length} tokens; 96 hold the shortest stories")
         if rng.random() < drills:
-            problem = problems.drill(rng, rng.randint(2, length // 18))
+            problem = problems.drill(rng, rng.randint(2, length // 18), easy)
         else:
             problem = problems.draw(rng, held_out=False)
         prompt, answer = example(tokenizer, problem)

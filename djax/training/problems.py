@@ -51,12 +51,18 @@ def stated_result(text: str) -> int | None:
     return int(found[-1]) if found else None
 
 
-def drill(rng: random.Random, count: int) -> Problem:
-    """`count` independent sums of the kinds that stories are made of: far more arithmetic a token than a story has."""
+def drill(rng: random.Random, count: int, easy: float = 0.0) -> Problem:
+    """`count` independent sums of the kinds that stories are made of: far more arithmetic a token than a story has.
+
+    A share `easy` of them adds or subtracts single digits: the table that all longer sums rest on.
+    """
     sums, results = [], []
     for _ in range(count):
         kind = rng.choice("++--*2")
-        if kind == "*":
+        if easy and rng.random() < easy:
+            kind, a, b = rng.choice("+-"), rng.randint(1, 9), rng.randint(1, 9)
+            a, result = (a, a + b) if kind == "+" else (a + b, a)
+        elif kind == "*":
             a, b = rng.randint(*_MANY), rng.randint(*_EACH)
             a, b = (a, b) if rng.random() < 0.5 else (b, a)
             result = a * b

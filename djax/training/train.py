@@ -26,13 +26,14 @@ from djax.training import data, objective, tokenizer
 class Stage:
     """Train until `until` steps on canvases of these lengths, one drawn a step; a short canvas holds only short problems.
 
-    drills is the share of rows that are plain arithmetic. A model trained on canvases of one length alone is lost on any
-    other, shorter ones too: mix them.
+    drills is the share of rows that are plain arithmetic, easy the share of their sums that are on single digits. A
+    model trained on canvases of one length alone is lost on any other, shorter ones too: mix them.
     """
 
     until: int
     lengths: tuple[int, ...]
     drills: float
+    easy: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +160,9 @@ def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 
             for step in range(first, run.steps):
                 rng = random.Random(f"train {run.seed} {step}")
                 stage = run.stage(step)
-                tokens, response = data.batch(words, rng, run.rows, rng.choice(stage.lengths), stage.drills, config.eos_id)
+                tokens, response = data.batch(
+                    words, rng, run.rows, rng.choice(stage.lengths), stage.drills, stage.easy, config.eos_id
+                )
                 state, parts = train_step(state, tokens, response, family=family, config=config, run=static)
                 losses.append(parts["diffusion"])
                 seen += tokens.size
