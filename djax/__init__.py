@@ -1,9 +1,9 @@
 """djax: a JAX engine for diffusion language models. A whole decode is one XLA program."""
 
-from djax.caching import Dual, Vicinity
+from djax.caching import Dual, Prefix, Vicinity
 from djax.checkpoint import export_hf, load, save
 from djax.compilation import compile_cache
-from djax.decoding import Credit, Fixed, Hierarchy, Threshold
+from djax.decoding import Credit, Entropy, Factor, Fixed, Hierarchy, Threshold
 from djax.errors import (
     BatchError,
     CanvasError,
@@ -25,12 +25,15 @@ __all__ = [
     "Credit",
     "DjaxError",
     "Dual",
+    "Entropy",
+    "Factor",
     "Fixed",
     "Generation",
     "Hierarchy",
     "Model",
     "OptionError",
     "PathError",
+    "Prefix",
     "PromptError",
     "Threshold",
     "Timing",

@@ -26,11 +26,11 @@ class Decoding:
     """Blocks are filled one after another, each of this many positions."""
     decoder: str = "Threshold(0.9)"
     """Which tokens a forward accepts: 'Threshold(tau)' takes all whose confidence reaches tau (above 1: one token a
-    forward), 'Fixed(per_step)' the surest few, 'Hierarchy(high, low)' the surest of each stretch of masks,
-    'Credit(Threshold(0.8))' trusts tokens that were proposed before."""
+    forward), 'Fixed(per_step)' the surest few, 'Hierarchy(high, low)' the surest of each stretch of masks, 'Factor(f)' as
+    many as are jointly sure, 'Entropy(theta)' the sharpest; 'Credit(Threshold(0.8))' trusts tokens proposed before."""
     cache: str = "none"
-    """What a forward runs: 'none' (the whole canvas), 'Dual(every=None)' (the block), or
-    'Vicinity(before=16, after=16, warmup=4, every=None)' (the block and its neighbours)."""
+    """What a forward runs: 'none' (the whole canvas), 'Prefix(every=None)' (from the block on), 'Dual(every=None)' (the
+    block), or 'Vicinity(before=16, after=16, warmup=4, every=None)' (the block and its neighbours)."""
     temperature: float = 0.0
     """0 takes the most likely token; above 0 it is drawn."""
     seed: int = 0

@@ -145,7 +145,7 @@ def decode(
     batch, length = ask.tokens.shape
     # What reaches beyond the canvas on every side is cut off anyway; cut here, it costs nothing.
     before, after = (min(reach, length) for reach in policy.reach())
-    width = before + block + after
+    width = before + block + after if before else min(block + after, length)
     everywhere = jnp.arange(length, dtype=jnp.int32)[None, :]
 
     def full(carry: Carry, pending: jax.Array, plan: Any) -> tuple[Carry, jax.Array]:

@@ -11,7 +11,7 @@ from conftest import GOLDENS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from djax.decoding import DECODERS, Credit, Fixed, Hierarchy, Threshold
+from djax.decoding import DECODERS, Credit, Entropy, Factor, Fixed, Hierarchy, Threshold
 from djax.decoding.contract import Tick
 
 ROWS, BLOCK, VOCAB, MASK = 3, 8, 11, 9
@@ -21,6 +21,8 @@ MADE = {
     "fixed": [Fixed(1), Fixed(5)],
     "credit": [Credit(), Credit(Fixed(2), alpha=3.0, gamma=0.0, beta=1.0)],
     "hierarchy": [Hierarchy(), Hierarchy(high=2.0, low=0.0)],
+    "factor": [Factor(), Factor(5.0)],
+    "entropy": [Entropy(), Entropy(0.0), Entropy(3.0)],
 }
 PLUGS = [plug for name in DECODERS for plug in MADE[name]]
 
@@ -150,6 +152,38 @@ def test_hierarchy_by_loop(step, case):
         stuck = np.all(logits[b][masked[b]].argmax(axis=-1) == MASK)
         if not stuck:  # then every position proposes another token; the law's test has that case
             assert set(np.flatnonzero(accept[b])) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases(), f=st.sampled_from([0.3, 1.0, 4.0]))
+def test_factor_by_loop(step, case, f):
+    logits, masked, seed = case
+    (_, _, accept), _ = step(Factor(f), logits, masked, seed)
+    for b in range(ROWS):
+        sure = sorted((c for _, c in candidates_by_loop(logits[b], masked[b]).values()), reverse=True)
+        margins = [(n + 1) * (1 - c) - f for n, c in enumerate(sure, start=1)]
+        if any(abs(m) < 1e-5 for m in margins):
+            continue  # float32 decides
+        count = max([n for n, m in enumerate(margins, start=1) if m < 0], default=min(1, len(sure)))
+        assert accept[b].sum() == count
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases(), theta=st.sampled_from([0.0, 0.5, 1.5]))
+def test_entropy_by_loop(step, case, theta):
+    logits, masked, seed = case
+    (_, _, accept), _ = step(Entropy(theta), logits, masked, seed)
+    for b in range(ROWS):
+        found = candidates_by_loop(logits[b], masked[b])
+        entropy = {s: float(-(softmax(logits[b, s]) * np.log(softmax(logits[b, s]) + 1e-300)).sum()) for s in found}
+        if any(abs(h - theta) < 1e-5 for h in entropy.values()):
+            continue
+        low = {s for s, h in entropy.items() if h <= theta}
+        got = set(np.flatnonzero(accept[b]))
+        assert low <= got
+        if not low and found:
+            assert len(got) == 1
+            assert entropy[got.pop()] <= min(entropy.values()) + 1e-5
 
 
 def test_credit_by_loop():

@@ -18,7 +18,7 @@ def policy(settings):
     every = settings.get("cache_update_freq")
     if settings["algo"] == "vicinity":
         return djax.Vicinity(settings["prefix_look"], settings["after_look"], settings["warmup_steps"], every)
-    return {"none": None, "dual": djax.Dual(every)}[settings["cache"]]
+    return {"none": None, "dual": djax.Dual(every), "prefix": djax.Prefix(every)}[settings["cache"]]
 
 
 def decoder(settings):
@@ -37,7 +37,7 @@ def traces(kind):
     for family in ("moe_blockwise", "moe_vicinity"):
         for trace in json.loads((GOLDENS / f"{family}.json").read_text())["traces"]:
             settings = trace["settings"]
-            covered = settings["decoder"] in ("threshold", "credit", "hierarchy") and settings["cache"] in ("none", "dual")
+            covered = settings["decoder"] in ("threshold", "credit", "hierarchy")
             if covered and not settings.get("use_shift") and trace["id"] in CLEAN[family][kind]:
                 yield pytest.param(family, trace, id=f"{family}-{trace['id']}")
 
@@ -74,5 +74,5 @@ def test_tokens_only(family, trace, request):
 
 
 def test_the_traces_are_there():
-    assert len(list(traces("exact"))) == 37
+    assert len(list(traces("exact"))) == 44
     assert len(list(traces("tokens_only"))) == 6

@@ -37,7 +37,7 @@ IDS = [1, 2, 3]
         (dict(max_batch=0), "max_batch: expected a whole number, at least 1 .* got 0"),
         (dict(decoder="threshold"), r"decoder: expected one of djax.Threshold\(...\), djax.Fixed\(...\), .* got 'threshold'"),
         (dict(decoder=djax.Threshold), "decoder: expected one of .* got <class"),
-        (dict(cache=djax.Threshold()), r"cache: expected one of None, djax.Dual\(...\), djax.Vicinity\(...\), got"),
+        (dict(cache=djax.Threshold()), r"cache: expected one of None, djax.Prefix\(...\), djax.Dual\(...\), .* got"),
     ],
 )
 def test_options(moe_a, options, message):

@@ -17,6 +17,7 @@ from djax.training.problems import held_out
 
 POLICIES = {
     "none": [None],
+    "prefix": [djax.Prefix()],
     "dual": [djax.Dual(), djax.Dual(every=3)],
     "vicinity": [djax.Vicinity(4, 4, warmup=2), djax.Vicinity(8, 0, warmup=0, every=3)],
 }

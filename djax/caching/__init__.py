@@ -2,6 +2,7 @@
 
 from djax.caching.dual import Dual
 from djax.caching.none import Uncached
+from djax.caching.prefix import Prefix
 from djax.caching.vicinity import Vicinity
 
-CACHES: dict[str, type] = {"none": Uncached, "dual": Dual, "vicinity": Vicinity}
+CACHES: dict[str, type] = {"none": Uncached, "prefix": Prefix, "dual": Dual, "vicinity": Vicinity}

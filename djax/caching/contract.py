@@ -5,7 +5,7 @@ forward over the whole canvas (which also decodes, and may refill the cache), th
 around the block, against the cache. A policy is a frozen dataclass registered as a pytree, with
 
     keeps             static: is there a cache at all? If not, `plan` never asks for a window.
-    reach()           static: how many positions before and after the block the window covers
+    reach()           static: how many positions before and after the block the window covers (cut to the canvas)
     plan(tick, cached_block) -> Plan
 """
 
@@ -14,6 +14,8 @@ from typing import NamedTuple, Protocol
 import jax
 
 from djax.decoding.contract import Tick
+
+TO_THE_END = 2**30  # a reach longer than any canvas
 
 
 class Plan(NamedTuple):
@@ -37,3 +39,9 @@ class Policy(Protocol):
     def plan(self, tick: Tick, cached_block: jax.Array) -> Plan:
         """`cached_block` int32 `[B]`: the block in which the row's cache was last filled, -1 while it is empty."""
         ...
+
+
+def on_entry(tick: Tick, cached_block: jax.Array, every: jax.Array | None) -> jax.Array:
+    """Bool `[B]`: rows that have just entered a block, and, with `every`, those whose turn is a multiple of it."""
+    refresh = cached_block != tick.block
+    return refresh if every is None else refresh | (tick.iteration % every == 0)

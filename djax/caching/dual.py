@@ -6,7 +6,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from djax.caching.contract import Plan
+from djax.caching.contract import Plan, on_entry
 from djax.checks import integer
 from djax.decoding.contract import Tick
 
@@ -31,7 +31,5 @@ class Dual:
         return 0, 0
 
     def plan(self, tick: Tick, cached_block: jax.Array) -> Plan:
-        refresh = cached_block != tick.block
-        if self.every is not None:
-            refresh |= tick.iteration % self.every == 0
+        refresh = on_entry(tick, cached_block, self.every)
         return Plan(full=refresh, refresh=refresh, window=jnp.ones_like(refresh))

@@ -74,3 +74,9 @@ def probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     top = jnp.max(logits, axis=-1, keepdims=True)
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)
     return (jnp.exp(chosen - top) / jnp.sum(jnp.exp(logits - top), axis=-1, keepdims=True))[..., 0]
+
+
+def by_confidence(confidence: jax.Array, candidate: jax.Array) -> jax.Array:
+    """Each position's rank among its row's candidates, 0 the surest, ties to the lower position; the others come last."""
+    order = jnp.argsort(jnp.where(candidate, -confidence, jnp.inf), axis=-1, stable=True)
+    return jnp.argsort(order, axis=-1)

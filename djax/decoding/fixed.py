@@ -4,10 +4,9 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from djax.checks import integer
-from djax.decoding.contract import Tick, candidates
+from djax.decoding.contract import Tick, by_confidence, candidates
 
 
 @jax.tree_util.register_dataclass
@@ -31,6 +30,4 @@ class Fixed:
         self, state: Any, logits: jax.Array, masked: jax.Array, tick: Tick, key: jax.Array | None
     ) -> tuple[Any, jax.Array, jax.Array]:
         tokens, confidence, candidate = candidates(logits, masked, tick, key)
-        order = jnp.argsort(jnp.where(candidate, -confidence, jnp.inf), axis=-1, stable=True)
-        rank = jnp.argsort(order, axis=-1)
-        return state, tokens, candidate & (rank < self.per_step)
+        return state, tokens, candidate & (by_confidence(confidence, candidate) < self.per_step)
