@@ -17,6 +17,7 @@ from djax.errors import (
 )
 from djax.generate import Generation, Timing, generate
 from djax.model import Model, logits
+from djax.smoothing import Smoothing
 
 __all__ = [
     "BatchError",
@@ -35,6 +36,7 @@ __all__ = [
     "PathError",
     "Prefix",
     "PromptError",
+    "Smoothing",
     "Threshold",
     "Timing",
     "TripCapError",

@@ -31,6 +31,8 @@ class Decoding:
     cache: str = "none"
     """What a forward runs: 'none' (the whole canvas), 'Prefix(every=None)' (from the block on), 'Dual(every=None)' (the
     block), or 'Vicinity(before=16, after=16, warmup=4, every=None)' (the block and its neighbours)."""
+    smoothing: str = "none"
+    """'Smoothing(first, growth, last, threshold_decay)' feeds masked positions what the last forward expected there."""
     temperature: float = 0.0
     """0 takes the most likely token; above 0 it is drawn."""
     seed: int = 0
@@ -44,10 +46,13 @@ class Decoding:
         from djax.caching import CACHES
         from djax.decoding import DECODERS
         from djax.plugs import parse
+        from djax.smoothing import Smoothing
 
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(Decoding)}
         options["decoder"] = parse(self.decoder, DECODERS, "--decoder")
         options["cache"] = parse(self.cache, CACHES, "--cache")
+        smoothing = {"none": type(None), "smoothing": Smoothing}
+        options["smoothing"] = parse(self.smoothing, smoothing, "--smoothing")
         return options
 
 
@@ -230,7 +235,7 @@ class Evaluate:
             report = evaluate(
                 model, problems, max_batch=self.batch, progress=lambda done: bar.update(task, completed=done), **options
             )
-        shown = {name: repr(value) if name in ("decoder", "cache") else value for name, value in options.items()}
+        shown = {name: repr(value) if name in ("decoder", "cache", "smoothing") else value for name, value in options.items()}
         print(json.dumps({"model": repr(model), **shown, **dataclasses.asdict(report)}))
 
 

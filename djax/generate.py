@@ -20,6 +20,7 @@ from djax.errors import BatchError, CanvasError, OptionError, TripCapError
 from djax.model import Model, exact_products
 from djax.plugs import spelled
 from djax.program import Request, Rows, decode
+from djax.smoothing import Smoothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,7 @@ def generate(
     block_length: int = 32,
     decoder: Decoder = Threshold(),  # noqa: B008  (frozen, so one default for all calls is one value)
     cache: Policy | None = None,
+    smoothing: Smoothing | None = None,
     temperature: float = 0.0,
     seed: int | Sequence[int] = 0,
     early_stop: bool = True,
@@ -71,8 +73,9 @@ def generate(
 
     gen_length:   tokens of canvas after the prompt; an answer ends at the first EOS.
     block_length: blocks are filled one after another, each of this many positions.
-    decoder:      which tokens a forward accepts (`djax.Threshold`, `djax.Fixed`).
-    cache:        None, `djax.Dual` or `djax.Vicinity`: what is run at each forward.
+    decoder:      which tokens a forward accepts: `djax.Threshold`, `Fixed`, `Credit`, `Hierarchy`, `Factor`, `Entropy`.
+    cache:        what a forward runs: None (the whole canvas), `djax.Prefix`, `Dual` or `Vicinity`.
+    smoothing:    None, or `djax.Smoothing`: feed masked positions what the last forward expected there.
     temperature:  0 takes the most likely token; above, Gumbel noise from the seed is added to choose it.
     seed:         one for all prompts, or one a prompt. A row draws the noise it would draw alone, whatever its place in
                   the batch: equal prompts with one seed give equal answers.
@@ -92,6 +95,8 @@ def generate(
     plug(decoder, "decoder", ("init", "step"), spelled(DECODERS))
     policy = Uncached() if cache is None else cache
     plug(policy, "cache", ("reach", "plan"), spelled(CACHES))
+    if smoothing is not None:
+        plug(smoothing, "smoothing", ("weight", "least"), "None, djax.Smoothing(...)")
     ids, single = text.encode(model.tokenizer, prompts, model.config.vocab, model.config.mask_id)
     seeds = [seed] * len(ids) if np.ndim(seed) == 0 else list(seed)
     if len(seeds) != len(ids):
@@ -119,12 +124,13 @@ def generate(
         )
         for i in range(0, len(ids), group)
     ]
+    plugs = decoder, policy, smoothing
     for ask in asks:
-        _check_memory(model, ask, decoder, policy, block_length)
+        _check_memory(model, ask, *plugs, block_length)
     enable_cache()
     out: list[Generation] = []
     for ask in asks:
-        out += _run(model, ask, decoder, policy, block_length)
+        out += _run(model, ask, plugs, block_length)
     return out[0] if single else out
 
 
@@ -166,13 +172,17 @@ def request(
     )
 
 
-def _check_memory(model: Model, ask: Request, decoder: Decoder, policy: Policy, block: int) -> None:
+def _check_memory(
+    model: Model, ask: Request, decoder: Decoder, policy: Policy, smoothing: Smoothing | None, block: int
+) -> None:
     """Refuse a batch whose carry and largest activations cannot fit the device; an estimate from below."""
     rows, length = ask.tokens.shape
     c, block = model.config, min(block, length)
     shapes = [jax.eval_shape(lambda: decoder.init(rows, block, c.vocab))]
     if policy.keeps:
         shapes.append(jax.eval_shape(lambda p: model.family.empty_cache(p, c, rows, length), model.params))
+    if smoothing is not None:
+        shapes.append(jax.eval_shape(lambda p: model.family.embed(p, c, ask.tokens), model.params))
     carried = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(shapes))
     logits = 4 * rows * block * c.vocab if policy.keeps else 4 * block * c.vocab
     need = model.parameter_bytes + carried + logits + 4 * c.heads * length * length
@@ -193,35 +203,36 @@ def device_memory() -> int:
     return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+Plugs = tuple[Decoder, Policy, Smoothing | None]
 _programs: dict[Any, Any] = {}
 _MOST_PROGRAMS = 64
 
 
-def compiled(model: Model, ask: Request, decoder: Decoder, policy: Policy, block: int) -> tuple[Any, float]:
-    """The compiled decode for these shapes, and the seconds it took to get it: 0 if this process had it already."""
+def compiled(model: Model, ask: Request, plugs: Plugs, block: int) -> tuple[Any, float]:
+    """The compiled decode for these shapes and plugs, and the seconds it took to get it: 0 if this process had it already."""
     # A block, however long, is never more than the canvas.
     block = min(block, ask.tokens.shape[1])
     statics = dict(family=model.family, config=model.config, block=block, sampled=bool(ask.temperature > 0))
-    leaves, tree = jax.tree.flatten((model.params, ask, decoder, policy))
+    leaves, tree = jax.tree.flatten((model.params, ask, plugs))
     kinds = tuple((np.shape(a), getattr(a, "dtype", type(a)), getattr(a, "sharding", None)) for a in leaves)
     key = (tree, kinds, *statics.values())
     if key in _programs:
         return _programs[key], 0.0
     began = time.perf_counter()
     with exact_products(model.dtype):
-        made = decode.lower(model.params, ask, decoder, policy, **statics).compile()
+        made = decode.lower(model.params, ask, *plugs, **statics).compile()
     if len(_programs) == _MOST_PROGRAMS:
         del _programs[next(iter(_programs))]
     _programs[key] = made
     return made, time.perf_counter() - began
 
 
-def _run(model: Model, ask: Request, decoder: Decoder, policy: Policy, block: int) -> list[Generation]:
+def _run(model: Model, ask: Request, plugs: Plugs, block: int) -> list[Generation]:
     try:
-        program, compiling = compiled(model, ask, decoder, policy, block)
+        program, compiling = compiled(model, ask, plugs, block)
         began = time.perf_counter()
-        last = program(model.params, ask, decoder, policy)
-        rows = jax.device_get(last.rows._replace(decoder=()))
+        last = program(model.params, ask, *plugs)
+        rows = jax.device_get(last.rows._replace(decoder=(), soft=()))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise _does_not_fit(ask, "more memory than the device has left") from error
@@ -230,7 +241,7 @@ def _run(model: Model, ask: Request, decoder: Decoder, policy: Policy, block: in
     if rows.active.any():
         raise TripCapError(
             f"rows {np.flatnonzero(rows.active).tolist()} still hold masks after {int(ask.cap)} turns: either the model's "
-            f"logits are not finite (look at djax.logits), or the decoder {type(decoder).__name__} accepted nothing in some "
+            f"logits are not finite (look at djax.logits), or the decoder {type(plugs[0]).__name__} accepted nothing in some "
             "turn, against its contract (djax/decoding/contract.py)"
         )
     return [_generation(model, rows, ask, b, timing) for b in range(len(ask.prompt)) if ask.total[b]]

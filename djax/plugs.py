@@ -29,6 +29,8 @@ def _build(node: ast.expr, registry: Mapping[str, type], name: str) -> Any:
     kind = registry.get(call.func.id.lower())
     if kind is None:
         raise OptionError(f"{name}: unknown {call.func.id!r}; there are: {', '.join(sorted(registry))}")
+    if kind is type(None) and not (call.args or call.keywords):
+        return None
     takes = [f.name for f in dataclasses.fields(kind)]
     given = [k.arg for k in call.keywords]
     if len(call.args) > len(takes) or set(given) - set(takes) or set(given) & set(takes[: len(call.args)]):

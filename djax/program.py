@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from djax.caching.contract import Policy
 from djax.decoding.contract import Decoder, Tick
 from djax.models.layers import Cache
+from djax.smoothing import Smoothing
 
 
 class Request(NamedTuple):
@@ -46,6 +47,7 @@ class Rows(NamedTuple):
     call         int32 `[B]`, decode calls in the current block.
     cached_block int32 `[B]`, block in which the cache was last filled; -1 while it is empty.
     decoder      the decoder's state, any pytree with leading axis B.
+    soft         `[B, L, D]`, the embeddings the next forward reads; () without smoothing, when the tokens' own are read.
     """
 
     tokens: jax.Array
@@ -58,6 +60,7 @@ class Rows(NamedTuple):
     call: jax.Array
     cached_block: jax.Array
     decoder: Any
+    soft: Any
 
 
 class Carry(NamedTuple):
@@ -90,14 +93,13 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _decode_block(
-    rows: Rows, logits: jax.Array, ask: Request, decoder: Decoder, running: jax.Array, mask_id: int, sampled: bool
+    rows: Rows, logits: jax.Array, ask: Request, decoder: Decoder, running: jax.Array, tick: Tick, sampled: bool
 ) -> Rows:
     """Hand the block's logits `[B, S, V]` of one forward to the decoder and write what it accepts; `running` bool `[B]`."""
     block = logits.shape[1]
     at = rows.start[:, None] + jnp.arange(block)[None, :]
     here = (at < ask.total[:, None]) & running[:, None]
-    masked = (_take(rows.tokens, at) == mask_id) & here
-    tick = Tick(rows.iteration, rows.forwards, rows.block, rows.call, jnp.int32(mask_id), ask.temperature)
+    masked = (_take(rows.tokens, at) == tick.mask_id) & here
     # The key depends on the row's own seed and counter, not on its place in the batch.
     key = jax.vmap(lambda s, f: jax.random.fold_in(jax.random.key(s), f))(ask.seed, rows.forwards) if sampled else None
     state, tokens, accept = decoder.step(rows.decoder, logits, masked, tick, key)
@@ -134,7 +136,16 @@ def _finish_blocks(rows: Rows, ask: Request, block: int, mask_id: int, eos_id: i
 
 @partial(jax.jit, static_argnames=("family", "config", "block", "sampled"))
 def decode(
-    params: Any, ask: Request, decoder: Decoder, policy: Policy, *, family: Any, config: Any, block: int, sampled: bool
+    params: Any,
+    ask: Request,
+    decoder: Decoder,
+    policy: Policy,
+    smoothing: Smoothing | None,
+    *,
+    family: Any,
+    config: Any,
+    block: int,
+    sampled: bool,
 ) -> Carry:
     """The program: from masks to tokens in one `while_loop`.
 
@@ -148,17 +159,38 @@ def decode(
     width = before + block + after if before else min(block + after, length)
     everywhere = jnp.arange(length, dtype=jnp.int32)[None, :]
 
+    def tick_of(rows: Rows, ask: Request) -> Tick:
+        # dInfer counts a turn that refreshes as one iteration, but with smoothing as the two forwards it is.
+        iteration = rows.iteration if smoothing is None else rows.forwards
+        least = jnp.full(rows.forwards.shape, -jnp.inf) if smoothing is None else smoothing.least(rows.forwards)
+        return Tick(iteration, rows.forwards, rows.block, rows.call, least, jnp.int32(config.mask_id), ask.temperature)
+
+    def forward_and_decode(
+        rows: Rows, ask: Request, at: jax.Array, skip: jax.Array | int, running: jax.Array, cache: Cache | None
+    ) -> tuple[Rows, tuple]:
+        """One network forward of the positions `at` `[B, W]` of the running rows, the block from `skip` on in it."""
+        valid = (at >= 0) & (at < ask.total[:, None]) & running[:, None]
+        x = family.embed(params, config, _take(rows.tokens, at)) if smoothing is None else _take(rows.soft, at)
+        x, fresh = family.trunk(params, config, x, at, valid, cache)
+        logits = family.unembed(params, config, _take(x, skip + jnp.arange(block)[None, :]))
+        decoded = _decode_block(rows, logits, ask, decoder, running, tick_of(rows, ask), sampled)
+        if smoothing is None:
+            return decoded, fresh
+        tokens = _take(decoded.tokens, at)
+        soft = family.embed(params, config, tokens)
+        weight = smoothing.weight(rows.forwards)[:, None, None].astype(soft.dtype)
+        still = (tokens == config.mask_id)[..., None]
+        soft = jnp.where(still, soft + weight * family.expected_embedding(params, config, x), soft)
+        offset = everywhere - at[:, :1]
+        covered = (offset >= 0) & (offset < at.shape[1]) & _take(valid, offset)
+        return decoded._replace(soft=jnp.where(covered[..., None], _take(soft, offset), rows.soft)), fresh
+
     def full(carry: Carry, pending: jax.Array, plan: Any) -> tuple[Carry, jax.Array]:
         """One pending row's whole canvas: decode its block from it, and keep its K/V if the policy has a cache."""
         b = jnp.argmax(pending)
         rows, asked = _row(carry.rows, b), _per_row(ask, partial(_row, b=b))
-        x = family.embed(params, config, rows.tokens)
-        x, fresh = family.trunk(params, config, x, everywhere, everywhere < asked.total[:, None])
-        x = _take(x, rows.start[:, None] + jnp.arange(block)[None, :])
         refresh = _row(plan.refresh, b)
-        rows = _decode_block(
-            rows, family.unembed(params, config, x), asked, decoder, jnp.array([True]), config.mask_id, sampled
-        )
+        rows, fresh = forward_and_decode(rows, asked, everywhere, rows.start[:, None], jnp.array([True]), None)
         rows = rows._replace(refreshes=rows.refreshes + refresh, cached_block=jnp.where(refresh, rows.block, rows.cached_block))
         # A warm-up forward is kept too: nothing reads it before the first refresh replaces it.
         cache = _put_row(carry.cache, fresh, b) if policy.keeps else ()
@@ -168,20 +200,14 @@ def decode(
         """The block and its reach for all running rows, against the cache with the window's own positions hidden."""
         left = rows.start[:, None] - before
         at = left + jnp.arange(width, dtype=jnp.int32)[None, :]
-        valid = (at >= 0) & (at < ask.total[:, None]) & running[:, None]
         own = (everywhere >= left) & (everywhere < left + width)
         visible = (everywhere < ask.total[:, None]) & ~own
-        x = family.embed(params, config, _take(rows.tokens, at))
-        x, _ = family.trunk(params, config, x, at, valid, Cache(cache, visible))
-        logits = family.unembed(params, config, x[:, before : before + block])
-        return _decode_block(rows, logits, ask, decoder, running, config.mask_id, sampled)
+        return forward_and_decode(rows, ask, at, before, running, Cache(cache, visible))[0]
 
     def turn(carry: Carry) -> Carry:
-        rows = carry.rows
-        tick = Tick(rows.iteration, rows.forwards, rows.block, rows.call, jnp.int32(config.mask_id), ask.temperature)
-        plan = policy.plan(tick, rows.cached_block)
+        plan = policy.plan(tick_of(carry.rows, ask), carry.rows.cached_block)
         carry, _ = jax.lax.while_loop(
-            lambda c: jnp.any(c[1]), lambda c: full(c[0], c[1], plan), (carry, plan.full & rows.active)
+            lambda c: jnp.any(c[1]), lambda c: full(c[0], c[1], plan), (carry, plan.full & carry.rows.active)
         )
         rows = carry.rows
         if policy.keeps:
@@ -207,6 +233,7 @@ def decode(
         call=zero,
         cached_block=zero - 1,
         decoder=decoder.init(batch, block, config.vocab),
+        soft=() if smoothing is None else family.embed(params, config, ask.tokens),
     )
     cache = family.empty_cache(params, config, batch, length) if policy.keeps else ()
     return jax.lax.while_loop(lambda c: jnp.any(c.rows.active) & (c.trips < ask.cap), turn, Carry(rows, cache, jnp.int32(0)))

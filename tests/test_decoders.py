@@ -29,7 +29,7 @@ PLUGS = [plug for name in DECODERS for plug in MADE[name]]
 
 def tick(rows=ROWS, temperature=0.0):
     zero = jnp.zeros(rows, jnp.int32)
-    return Tick(zero, zero, zero, zero, jnp.int32(MASK), jnp.float32(temperature))
+    return Tick(zero, zero, zero, zero, jnp.full(rows, -jnp.inf), jnp.int32(MASK), jnp.float32(temperature))
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +243,7 @@ def test_recorded_decoders(case):
     for call, threshold in enumerate(case["iter_threshold"]):
         logits = data[f"{case['id']}/logits_x32"][call].astype(np.float32) / 32
         block = x[:, first:last]
-        where = Tick(*[jnp.full(len(x), call, jnp.int32)] * 4, jnp.int32(mask), jnp.float32(0))
+        where = tick(len(x))._replace(call=jnp.full(len(x), call, jnp.int32), mask_id=jnp.int32(mask))
         plug = recorded_plug(defaults | settings_, threshold or settings_["threshold"])
         state, tokens, accept = plug.step(state, jnp.asarray(logits), jnp.asarray(block == mask), where, None)
         expected = data[f"{case['id']}/out"][call][:, first:last]
@@ -280,7 +280,7 @@ def test_gumbel_noise_draws_from_the_tempered_softmax():
     """At temperature T the token is distributed as softmax(logits / T), as in LLaDA."""
     logits = np.array([0.0, 1.0, 2.0, -1.0], np.float32)
     plug, temperature, count = Threshold(0.01), 0.7, 4000
-    where = Tick(*[jnp.zeros(1, jnp.int32)] * 4, jnp.int32(-1), jnp.float32(temperature))
+    where = tick(1, temperature)._replace(mask_id=jnp.int32(-1))
     key = jax.random.split(jax.random.key(0), 1)
     _, tokens, _ = plug.step((), jnp.tile(jnp.asarray(logits), (1, count, 1)), jnp.ones((1, count), bool), where, key)
     seen = np.bincount(np.asarray(tokens)[0], minlength=4) / count

@@ -11,12 +11,13 @@ from conftest import GOLDENS
 
 import djax
 
+FAMILIES = ("moe_blockwise", "moe_vicinity", "moe_itersmooth", "moe_itersmooth_vicinity")
 CLEAN = json.loads((GOLDENS / "clean.json").read_text())
 
 
 def policy(settings):
     every = settings.get("cache_update_freq")
-    if settings["algo"] == "vicinity":
+    if settings["algo"].endswith("vicinity"):
         return djax.Vicinity(settings["prefix_look"], settings["after_look"], settings["warmup_steps"], every)
     return {"none": None, "dual": djax.Dual(every), "prefix": djax.Prefix(every)}[settings["cache"]]
 
@@ -33,8 +34,15 @@ def decoder(settings):
             return djax.Hierarchy(threshold.tau, settings["low_threshold"])
 
 
+def smoothing(settings):
+    if not settings["algo"].startswith("itersmooth"):
+        return None
+    names = {"cont_weight_init": 0.15, "cont_weight_growth": 0.02, "cont_weight": 0.3, "threshold_decay": 0.02}
+    return djax.Smoothing(*(settings.get(name, default) for name, default in names.items()))
+
+
 def traces(kind):
-    for family in ("moe_blockwise", "moe_vicinity"):
+    for family in FAMILIES:
         for trace in json.loads((GOLDENS / f"{family}.json").read_text())["traces"]:
             settings = trace["settings"]
             covered = settings["decoder"] in ("threshold", "credit", "hierarchy")
@@ -52,6 +60,7 @@ def replay(family, trace, request):
         block_length=settings["block_length"],
         decoder=decoder(settings),
         cache=policy(settings),
+        smoothing=smoothing(settings),
         early_stop=settings["early_stop"],
         align_blocks=settings["start_block_align"],
     )
@@ -74,5 +83,5 @@ def test_tokens_only(family, trace, request):
 
 
 def test_the_traces_are_there():
-    assert len(list(traces("exact"))) == 44
+    assert len(list(traces("exact"))) == 92
     assert len(list(traces("tokens_only"))) == 6

@@ -15,14 +15,15 @@ ALLOWED = {
     "djax/models": ("errors", "models"),
     "djax/decoding": ("errors", "checks", "decoding"),
     "djax/caching": ("checks", "caching", "decoding.contract"),
+    "djax/smoothing.py": ("checks",),
     "djax/plugs.py": ("errors",),
     "convert": ("errors", "convert"),
     "djax/model.py": ("errors", "compilation"),
-    "djax/program.py": ("caching.contract", "decoding.contract", "models.layers"),
+    "djax/program.py": ("caching.contract", "decoding.contract", "models.layers", "smoothing"),
     "djax/checkpoint.py": ("errors", "text", "convert", "model", "models"),
     "djax/generate.py": (
         *("errors", "checks", "text", "compilation", "plugs", "model", "program"),
-        *("caching", "decoding"),
+        *("caching", "decoding", "smoothing"),
     ),
     "djax/training": (*("errors", "compilation", "text", "models", "model", "checkpoint", "generate", "training"),),
 }

@@ -186,7 +186,7 @@ def test_one_executable_a_call_and_none_for_what_is_traced(moe_b):
 
 def hlo(model, cache):
     ask = request(prompts(0)[:2], [0, 0], model.config, rows=2, gen_length=32, block=16)
-    return compiled(model, ask, djax.Threshold(), Uncached() if cache is None else cache, 16)[0].as_text()
+    return compiled(model, ask, (djax.Threshold(), Uncached() if cache is None else cache, None), 16)[0].as_text()
 
 
 @pytest.mark.parametrize("cache", [None, djax.Dual(), djax.Vicinity(4, 4, warmup=2)], ids=repr)

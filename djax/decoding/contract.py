@@ -20,12 +20,13 @@ import jax.numpy as jnp
 
 
 class Tick(NamedTuple):
-    """What a decoder and a cache policy are told about where decoding stands: int32 `[B]`, the last two scalars.
+    """What a decoder and a cache policy are told about where decoding stands: one value a row, the last two scalars.
 
     iteration: turns of the loop this row took since its start. A turn that refreshes the cache runs two forwards.
     forward:   network forwards of this row since its start.
     block:     index of the row's current block, from 0.
     call:      decode calls in the current block, from 0: a decoder's memory of a block starts anew at 0.
+    least:     float32, a threshold that comparing decoders do not go below (smoothing's ramp); -inf without smoothing.
     mask_id, temperature: as given.
     """
 
@@ -33,6 +34,7 @@ class Tick(NamedTuple):
     forward: jax.Array
     block: jax.Array
     call: jax.Array
+    least: jax.Array
     mask_id: jax.Array
     temperature: jax.Array
 

@@ -43,7 +43,8 @@ class Hierarchy:
         # A position that proposes the mask id keeps its rank, as in dInfer: it is not accepted, and nor is a less sure
         # neighbour in its stead. Only if that leaves the row with nothing does the best candidate go.
         best_of_run = jnp.max(jnp.where(together, confidence[:, None, :], -jnp.inf), axis=-1)
-        chosen = ((confidence == best_of_run) & (confidence > self.low)) | (confidence > self.high)
+        high = jnp.maximum(self.high, tick.least[:, None])
+        chosen = ((confidence == best_of_run) & (confidence > self.low)) | (confidence > high)
         accept = candidate & (chosen | _first_best(confidence))
         none = ~jnp.any(accept, axis=-1, keepdims=True)
         best = candidate & _first_best(jnp.where(candidate, confidence, -jnp.inf))

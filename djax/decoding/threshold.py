@@ -36,5 +36,5 @@ class Threshold:
     ) -> tuple[Any, jax.Array, jax.Array]:
         tokens, confidence, candidate = candidates(logits, masked, tick, key)
         best = jnp.max(jnp.where(candidate, confidence, -jnp.inf), axis=-1, keepdims=True)
-        bound = jnp.minimum(best - SLACK, self.tau)
+        bound = jnp.minimum(best - SLACK, jnp.maximum(self.tau, tick.least[:, None]))
         return state, tokens, candidate & (confidence >= bound)

@@ -1,7 +1,7 @@
 """The model families: one module each, found by the `architectures` entry of a checkpoint's config.json.
 
 A family is a module with `ARCHITECTURES`, `DEFAULT_MASK_ID`, `DEFAULT_EOS_ID`, a `Config` with `from_hf`, and functions
-over plain parameter trees: abstract, init, embed, trunk, unembed, empty_cache, trunk_with_routing.
+over plain parameter trees: abstract, init, embed, trunk, unembed, expected_embedding, empty_cache, trunk_with_routing.
 """
 
 from types import ModuleType

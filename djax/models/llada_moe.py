@@ -243,6 +243,23 @@ def unembed(params: Any, config: Config, x: jax.Array) -> jax.Array:
     return LLaDAMoE(config).apply({"params": params}, x, method="unembed")
 
 
+def expected_embedding(params: Any, config: Config, x: jax.Array, chunk: int = 256) -> jax.Array:
+    """softmax(unembed(x)) @ embedding: the trunk's output `[B, W, D]` as the embedding it expects at each position.
+
+    Softmax in float32. In chunks of positions, so that no array of canvas x vocabulary is ever made.
+    """
+
+    def expect(x: jax.Array) -> jax.Array:
+        p = jax.nn.softmax(unembed(params, config, x), axis=-1)
+        return p.astype(x.dtype) @ params["embedding"]
+
+    flat = x.reshape(-1, x.shape[-1])
+    if len(flat) <= chunk:
+        return expect(flat).reshape(x.shape)
+    padded = jnp.pad(flat, ((0, -len(flat) % chunk), (0, 0))).reshape(-1, chunk, x.shape[-1])
+    return jax.lax.map(expect, padded).reshape(-1, x.shape[-1])[: len(flat)].reshape(x.shape)
+
+
 def trunk_with_routing(
     params: Any, config: Config, x: jax.Array, positions: jax.Array, valid: jax.Array
 ) -> tuple[jax.Array, list]:

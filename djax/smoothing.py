@@ -1,0 +1,36 @@
+"""Soft inputs: a position that is still masked is fed what the last forward expected there, not only the mask."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from djax.checks import number
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Smoothing:
+    """After each forward t of a row, a position it covered and left masked gets E[mask] + w_t * (softmax(logits) @ E).
+
+    w_t = min(first + growth * t, last); while the ramp lasts, decoders that compare with a threshold use at least
+    1 - threshold_decay * t (dInfer, arXiv 2510.08666, IterSmooth). t counts the row's forwards from the start of its
+    sequence. All four at least 0.
+    """
+
+    first: float = 0.15
+    growth: float = 0.02
+    last: float = 0.3
+    threshold_decay: float = 0.02
+
+    def __post_init__(self) -> None:
+        for field in ("first", "growth", "last", "threshold_decay"):
+            number(self, field, at_least=0.0)
+
+    def weight(self, forward: jax.Array) -> jax.Array:
+        """w_t, float32 `[B]`, at forward counts int32 `[B]`."""
+        return jnp.minimum(self.first + self.growth * forward.astype(jnp.float32), self.last)
+
+    def least(self, forward: jax.Array) -> jax.Array:
+        """The threshold below which no decoder goes at this forward, float32 `[B]`."""
+        return 1 - self.threshold_decay * forward.astype(jnp.float32)
