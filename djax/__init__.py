@@ -18,6 +18,7 @@ from djax.errors import (
 from djax.generate import Generation, Timing, generate
 from djax.model import Model, logits
 from djax.smoothing import Smoothing
+from djax.trace import Trace
 
 __all__ = [
     "BatchError",
@@ -39,6 +40,7 @@ __all__ = [
     "Smoothing",
     "Threshold",
     "Timing",
+    "Trace",
     "TripCapError",
     "UnsupportedModelError",
     "Vicinity",

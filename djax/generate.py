@@ -21,6 +21,7 @@ from djax.model import Model, exact_products
 from djax.plugs import spelled
 from djax.program import Request, Rows, decode
 from djax.smoothing import Smoothing
+from djax.trace import Trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Generation:
     canvas:    int32 `[P + gen_length]`, the sequence as the program left it; after an early stop the rest is EOS.
     forwards:  network forwards this row took part in, window and whole-canvas alike.
     refreshes: how many of them refilled the cache.
+    trace:     what each forward proposed and accepted; None unless asked for.
     """
 
     text: str | None
@@ -48,6 +50,7 @@ class Generation:
     forwards: int
     refreshes: int
     timing: Timing
+    trace: Trace | None = None
 
     @property
     def tokens_per_forward(self) -> float:
@@ -67,6 +70,7 @@ def generate(
     seed: int | Sequence[int] = 0,
     early_stop: bool = True,
     align_blocks: bool = True,
+    trace: bool = False,
     max_batch: int | None = None,
 ) -> Generation | list[Generation]:
     """Answer one prompt or many; see `text.encode` for the forms of `prompts`. One prompt gives one `Generation`.
@@ -82,6 +86,7 @@ def generate(
     early_stop:   end a row after the first block with an EOS; otherwise fill its whole canvas.
     align_blocks: block borders at multiples of block_length from the canvas' start (dInfer's start_block_align), so the
                   first block may begin inside the prompt; otherwise at the prompt's end.
+    trace:        record every forward in `Generation.trace`. Changes neither tokens nor counts.
     max_batch:    at most this many prompts a program; more are decoded in groups. Changes no answer.
 
     Law: each row gets the canvas, forwards and refreshes it gets alone (float32, ties apart), whatever the batch.
@@ -92,6 +97,7 @@ def generate(
     block_length = whole_number(block_length, "block_length", at_least=1)
     temperature = real_number(temperature, "temperature", at_least=0.0)
     early_stop, align_blocks = boolean(early_stop, "early_stop"), boolean(align_blocks, "align_blocks")
+    trace = boolean(trace, "trace")
     plug(decoder, "decoder", ("init", "step"), spelled(DECODERS))
     policy = Uncached() if cache is None else cache
     plug(policy, "cache", ("reach", "plan"), spelled(CACHES))
@@ -130,7 +136,7 @@ def generate(
     enable_cache()
     out: list[Generation] = []
     for ask in asks:
-        out += _run(model, ask, plugs, block_length)
+        out += _run(model, ask, plugs, block_length, trace)
     return out[0] if single else out
 
 
@@ -208,11 +214,11 @@ _programs: dict[Any, Any] = {}
 _MOST_PROGRAMS = 64
 
 
-def compiled(model: Model, ask: Request, plugs: Plugs, block: int) -> tuple[Any, float]:
+def compiled(model: Model, ask: Request, plugs: Plugs, block: int, traced: bool = False) -> tuple[Any, float]:
     """The compiled decode for these shapes and plugs, and the seconds it took to get it: 0 if this process had it already."""
     # A block, however long, is never more than the canvas.
     block = min(block, ask.tokens.shape[1])
-    statics = dict(family=model.family, config=model.config, block=block, sampled=bool(ask.temperature > 0))
+    statics = dict(family=model.family, config=model.config, block=block, sampled=bool(ask.temperature > 0), traced=traced)
     leaves, tree = jax.tree.flatten((model.params, ask, plugs))
     kinds = tuple((np.shape(a), getattr(a, "dtype", type(a)), getattr(a, "sharding", None)) for a in leaves)
     key = (tree, kinds, *statics.values())
@@ -227,9 +233,9 @@ def compiled(model: Model, ask: Request, plugs: Plugs, block: int) -> tuple[Any,
     return made, time.perf_counter() - began
 
 
-def _run(model: Model, ask: Request, plugs: Plugs, block: int) -> list[Generation]:
+def _run(model: Model, ask: Request, plugs: Plugs, block: int, traced: bool) -> list[Generation]:
     try:
-        program, compiling = compiled(model, ask, plugs, block)
+        program, compiling = compiled(model, ask, plugs, block, traced)
         began = time.perf_counter()
         last = program(model.params, ask, *plugs)
         rows = jax.device_get(last.rows._replace(decoder=(), soft=()))
@@ -259,4 +265,5 @@ def _generation(model: Model, rows: Rows, ask: Request, b: int, timing: Timing) 
         forwards=int(rows.forwards[b]),
         refreshes=int(rows.refreshes[b]),
         timing=timing,
+        trace=rows.trace.row(b, ask.total[b], rows.forwards[b]) if rows.trace else None,
     )

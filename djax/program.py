@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from djax.caching.contract import Policy
-from djax.decoding.contract import Decoder, Tick
+from djax.decoding.contract import Decoder, Tick, probability
 from djax.models.layers import Cache
 from djax.smoothing import Smoothing
+from djax.trace import Record
 
 
 class Request(NamedTuple):
@@ -48,6 +49,7 @@ class Rows(NamedTuple):
     cached_block int32 `[B]`, block in which the cache was last filled; -1 while it is empty.
     decoder      the decoder's state, any pytree with leading axis B.
     soft         `[B, L, D]`, the embeddings the next forward reads; () without smoothing, when the tokens' own are read.
+    trace        the record so far (`trace.Record`); () unless asked for.
     """
 
     tokens: jax.Array
@@ -61,6 +63,7 @@ class Rows(NamedTuple):
     cached_block: jax.Array
     decoder: Any
     soft: Any
+    trace: Any
 
 
 class Carry(NamedTuple):
@@ -93,9 +96,12 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _decode_block(
-    rows: Rows, logits: jax.Array, ask: Request, decoder: Decoder, running: jax.Array, tick: Tick, sampled: bool
+    rows: Rows, logits: jax.Array, ask: Request, decoder: Decoder, running: jax.Array, tick: Tick, sampled: bool, whole: bool
 ) -> Rows:
-    """Hand the block's logits `[B, S, V]` of one forward to the decoder and write what it accepts; `running` bool `[B]`."""
+    """Hand the block's logits `[B, S, V]` of one forward to the decoder and write what it accepts.
+
+    running bool `[B]`: the rows that take part. whole: the forward ran the whole canvas.
+    """
     block = logits.shape[1]
     at = rows.start[:, None] + jnp.arange(block)[None, :]
     here = (at < ask.total[:, None]) & running[:, None]
@@ -107,11 +113,17 @@ def _decode_block(
     write = _take(accept, offset) & _in_block(rows, ask.total, block) & running[:, None]
     one = running.astype(jnp.int32)
     keep = partial(jax.tree.map, lambda new, old: jnp.where(running.reshape((-1,) + (1,) * (new.ndim - 1)), new, old))
+    if rows.trace:
+        confidence = _take(probability(logits, tokens), offset)
+        trace = rows.trace.add(rows.forwards, rows.start, tokens, write, confidence, running, whole)
+    else:
+        trace = ()
     return rows._replace(
         tokens=jnp.where(write, _take(tokens, offset), rows.tokens),
         forwards=rows.forwards + one,
         call=rows.call + one,
         decoder=keep(state, rows.decoder),
+        trace=trace,
     )
 
 
@@ -134,7 +146,7 @@ def _finish_blocks(rows: Rows, ask: Request, block: int, mask_id: int, eos_id: i
     )
 
 
-@partial(jax.jit, static_argnames=("family", "config", "block", "sampled"))
+@partial(jax.jit, static_argnames=("family", "config", "block", "sampled", "traced"))
 def decode(
     params: Any,
     ask: Request,
@@ -146,6 +158,7 @@ def decode(
     config: Any,
     block: int,
     sampled: bool,
+    traced: bool,
 ) -> Carry:
     """The program: from masks to tokens in one `while_loop`.
 
@@ -173,7 +186,7 @@ def decode(
         x = family.embed(params, config, _take(rows.tokens, at)) if smoothing is None else _take(rows.soft, at)
         x, fresh = family.trunk(params, config, x, at, valid, cache)
         logits = family.unembed(params, config, _take(x, skip + jnp.arange(block)[None, :]))
-        decoded = _decode_block(rows, logits, ask, decoder, running, tick_of(rows, ask), sampled)
+        decoded = _decode_block(rows, logits, ask, decoder, running, tick_of(rows, ask), sampled, whole=cache is None)
         if smoothing is None:
             return decoded, fresh
         tokens = _take(decoded.tokens, at)
@@ -233,6 +246,7 @@ def decode(
         call=zero,
         cached_block=zero - 1,
         decoder=decoder.init(batch, block, config.vocab),
+        trace=Record.start(batch, length, block) if traced else (),
         soft=() if smoothing is None else family.embed(params, config, ask.tokens),
     )
     cache = family.empty_cache(params, config, batch, length) if policy.keeps else ()

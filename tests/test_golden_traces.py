@@ -1,4 +1,4 @@
-"""Whole decodes against dInfer's: the canvas, the forwards and the refreshes of every trace that is recorded as exact.
+"""Whole decodes against dInfer's: the canvas after every decode call, forwards and refreshes of every `exact` trace.
 
 A failure here means that djax no longer gives dInfer's tokens. It is never mended by editing the data.
 """
@@ -63,21 +63,26 @@ def replay(family, trace, request):
         smoothing=smoothing(settings),
         early_stop=settings["early_stop"],
         align_blocks=settings["start_block_align"],
+        trace=True,
     )
-    return out, data[f"{trace['id']}/final"][0]
+    return out, data[f"{trace['id']}/final"][0], data[f"{trace['id']}/steps"][:, 0]
 
 
 @pytest.mark.parametrize(("family", "trace"), list(traces("exact")))
 def test_exact(family, trace, request):
-    out, final = replay(family, trace, request)
+    out, final, steps = replay(family, trace, request)
     np.testing.assert_array_equal(out.canvas, final)
+    prompt, mask_id = trace["settings"]["prompt_length"], trace["mask_id"]
+    assert len(steps) == out.forwards, "every forward decodes"
+    for forward, step in enumerate(steps):
+        np.testing.assert_array_equal(out.trace.canvas(out.canvas, prompt, forward, mask_id), step)
     assert (out.forwards, out.refreshes) == (trace["num_forwards"], trace["cache_updates"])
 
 
 @pytest.mark.parametrize(("family", "trace"), list(traces("tokens_only")))
 def test_tokens_only(family, trace, request):
     """dInfer ran forwards on finished blocks here (loop unrolling), which a loop on the device has no need of."""
-    out, final = replay(family, trace, request)
+    out, final, _ = replay(family, trace, request)
     np.testing.assert_array_equal(out.canvas, final)
     assert out.forwards <= trace["num_forwards"]
 

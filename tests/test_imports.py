@@ -16,14 +16,15 @@ ALLOWED = {
     "djax/decoding": ("errors", "checks", "decoding"),
     "djax/caching": ("checks", "caching", "decoding.contract"),
     "djax/smoothing.py": ("checks",),
+    "djax/trace.py": (),
     "djax/plugs.py": ("errors",),
     "convert": ("errors", "convert"),
     "djax/model.py": ("errors", "compilation"),
-    "djax/program.py": ("caching.contract", "decoding.contract", "models.layers", "smoothing"),
+    "djax/program.py": ("caching.contract", "decoding.contract", "models.layers", "smoothing", "trace"),
     "djax/checkpoint.py": ("errors", "text", "convert", "model", "models"),
     "djax/generate.py": (
         *("errors", "checks", "text", "compilation", "plugs", "model", "program"),
-        *("caching", "decoding", "smoothing"),
+        *("caching", "decoding", "smoothing", "trace"),
     ),
     "djax/training": (*("errors", "compilation", "text", "models", "model", "checkpoint", "generate", "training"),),
 }

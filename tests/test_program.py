@@ -35,14 +35,20 @@ def facts(out):
 
 
 @pytest.mark.parametrize(
-    ("decoder", "cache"),
-    [(djax.Threshold(0.4), cache) for cache in CACHED] + [(djax.Fixed(3), djax.Vicinity(4, 4, warmup=2))],
+    ("decoder", "cache", "smoothing"),
+    [(djax.Threshold(0.4), cache, None) for cache in CACHED]
+    + [
+        (djax.Fixed(3), djax.Vicinity(4, 4, warmup=2), None),
+        (djax.Threshold(0.4), None, djax.Smoothing()),
+        (djax.Credit(djax.Threshold(0.4)), djax.Dual(), djax.Smoothing()),
+        (djax.Hierarchy(0.6, 0.2), djax.Vicinity(4, 4, warmup=2), djax.Smoothing()),
+    ],
     ids=repr,
 )
-def test_a_batch_gives_each_row_what_it_gets_alone(moe_a, cache, decoder):
+def test_a_batch_gives_each_row_what_it_gets_alone(moe_a, decoder, cache, smoothing):
     for seed in range(3):
         many = prompts(seed)
-        options = dict(EVERYTHING, decoder=decoder, cache=cache)
+        options = dict(EVERYTHING, decoder=decoder, cache=cache, smoothing=smoothing)
         alone = [facts(djax.generate(moe_a, p, **options)) for p in many]
         assert [facts(o) for o in djax.generate(moe_a, many, **options)] == alone
         assert [facts(o) for o in djax.generate(moe_a, many[::-1], **options)] == alone[::-1]
@@ -72,6 +78,33 @@ def test_rows_really_take_different_ways(moe_a):
     """The batch law would say little if all rows did the same."""
     rows = djax.generate(moe_a, prompts(0), decoder=djax.Threshold(0.4), cache=djax.Dual(), **EVERYTHING)
     assert len({o.forwards for o in rows}) > 1
+
+
+def test_recording_changes_nothing_and_replays_the_decode(moe_a):
+    many = prompts(7)
+    options = dict(EVERYTHING, decoder=djax.Threshold(0.4), cache=djax.Dual(), smoothing=djax.Smoothing(), early_stop=False)
+    plain = djax.generate(moe_a, many, **options)
+    assert all(o.trace is None for o in plain)
+    for prompt, out, traced in zip(many, plain, djax.generate(moe_a, many, trace=True, **options), strict=True):
+        assert facts(out) == facts(traced)
+        trace, n = traced.trace, len(prompt)
+        assert len(trace.starts) == len(trace.proposals) == traced.forwards
+        assert trace.whole.sum() == traced.refreshes
+        assert np.all(trace.accepted_at[:n] == -1)
+        assert np.all(trace.accepted_at[n:] >= 0), "every generated position was accepted by some forward"
+        for position in range(n, len(traced.canvas)):
+            forward = trace.accepted_at[position]
+            proposed = trace.proposals[forward, position - trace.starts[forward]]
+            assert proposed == traced.canvas[position]
+            assert 0 < trace.confidence[position] <= 1 + 1e-6
+        np.testing.assert_array_equal(trace.canvas(traced.canvas, n, traced.forwards, 0), traced.canvas)
+
+
+def test_smoothing_without_weight_is_none(moe_a):
+    still = djax.Smoothing(first=0.0, growth=0.0, last=0.0)
+    for prompt in prompts(8):
+        options = dict(EVERYTHING, decoder=djax.Fixed(2), cache=djax.Vicinity(4, 4, warmup=2))
+        assert facts(djax.generate(moe_a, prompt, smoothing=still, **options)) == facts(djax.generate(moe_a, prompt, **options))
 
 
 def test_sampling_draws_what_the_row_draws_alone(moe_a):
