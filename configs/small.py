@@ -32,7 +32,8 @@ RUN = Run(
         Stage(until=1200, lengths=(96, 128), drills=0.5),
         Stage(until=1600, lengths=(64, 64, 96, 128), drills=0.6, easy=0.5),
         Stage(until=2300, lengths=(96, 128), drills=0.4, easy=0.25),
-        Stage(until=3700, lengths=(96, 128, 160, 192, 192, 256), drills=0.15),
+        Stage(until=2800, lengths=(96, 128, 160, 192, 192, 256), drills=0.15),
+        Stage(until=4650, lengths=(96, 128, 160, 192, 192, 256), drills=0.25, easy=0.15),
     ),
-    cooldown=1000,
+    cooldown=1250,
 )

@@ -65,9 +65,14 @@ def boolean(value: Any, name: str) -> bool:
 
 
 def plug(value: Any, name: str, methods: tuple[str, ...], there_are: str) -> None:
-    """Check that `value` is an instance (not a class) with the methods of its contract."""
+    """Check that `value` is an instance (not a class) with the methods of its contract, and a pytree."""
     if isinstance(value, type) or not all(callable(getattr(value, m, None)) for m in methods):
         raise OptionError(f"{name}: expected one of {there_are}, got {value!r}")
+    if any(leaf is value for leaf in jax.tree.leaves(value)):
+        raise OptionError(
+            f"{name}: {type(value).__name__} has the methods but is no pytree; "
+            "decorate the class with jax.tree_util.register_dataclass"
+        )
 
 
 def _scalar(value: Any) -> Any:

@@ -45,6 +45,14 @@ def test_options(moe_a, options, message):
         djax.generate(moe_a, IDS, **options)
 
 
+def test_a_decoder_of_ones_own_must_be_a_pytree(moe_a):
+    class Mine:
+        init = step = print
+
+    with pytest.raises(OptionError, match=r"decoder: Mine has the methods but is no pytree; decorate the class with"):
+        djax.generate(moe_a, IDS, decoder=Mine())
+
+
 def test_unknown_options_are_errors(moe_a):
     with pytest.raises(TypeError, match="steps"):
         djax.generate(moe_a, IDS, steps=4)
