@@ -13,6 +13,7 @@ import djax
 from djax.caching import CACHES, Uncached
 from djax.errors import TripCapError
 from djax.generate import compiled, request
+from djax.program import decode
 from djax.training.problems import held_out
 
 POLICIES = {
@@ -231,6 +232,16 @@ def test_the_loop_is_inside_and_nothing_leaves_the_device(moe_a, cache):
     assert " conditional(" not in text, "the platform's expert back end is chosen when the program is lowered"
     for name in ("infeed", "outfeed", " send(", " recv(", "callback", "SendToHost", "RecvFromHost"):
         assert name not in text
+
+
+def test_lowered_for_a_gpu_the_experts_are_dense_products(moe_a):
+    """The back end follows the platform the program is lowered for, not the machine it is lowered on: on a GPU a window
+    step runs no loop over expert tiles. What is left are the decode, its refreshes and its window."""
+    ask = request(prompts(0)[:2], [0, 0], moe_a.config, rows=2, gen_length=32, block=16)
+    statics = dict(family=moe_a.family, config=moe_a.config, block=16, sampled=False, traced=False)
+    made = decode.trace(moe_a.params, ask, djax.Threshold(), djax.Vicinity(4, 4), None, **statics)
+    loops = {p: made.lower(lowering_platforms=(p,)).as_text().count("stablehlo.while") for p in ("cuda", "cpu")}
+    assert loops == {"cuda": 3, "cpu": 3 + 2 * moe_a.config.layers}
 
 
 def test_a_window_step_copies_no_cache(moe_a):
