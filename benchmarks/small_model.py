@@ -31,8 +31,10 @@ def circumstances() -> dict:
     """What stands beside every figure."""
     import jax
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
-    dirty = subprocess.run(["git", "status", "--porcelain", "--", "djax"], capture_output=True, text=True, cwd=HERE).stdout
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=HERE.parent).stdout.strip()
+
+    commit, dirty = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "--", "djax", "convert")
     cpu = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "?")
     return {
         "hardware": f"{cpu}, {jax.devices()[0].platform}",
@@ -41,7 +43,7 @@ def circumstances() -> dict:
         "python": platform.python_version(),
         "jax": jax.__version__,
         "commit": commit + ("+changes" if dirty else ""),
-        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }
 
 
