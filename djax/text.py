@@ -1,5 +1,6 @@
 """Prompts to tokens and tokens to text: the tokenizer, the chat template, and what counts as one prompt."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ def load_tokenizer(directory: Path) -> Any:
     """The HF fast tokenizer of a checkpoint directory, None if it has none. No code of the checkpoint is run."""
     if not (directory / "tokenizer.json").is_file():
         return None
+    # transformers advises at import that torch is missing; djax uses its tokenizers alone.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import PreTrainedTokenizerFast
 
     try:
