@@ -1,6 +1,6 @@
 """The small model that ships with djax: 2.8 M parameters, worked answers to word problems.
 
-    LD_PRELOAD=/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4 djax train small --out runs/small
+    LD_PRELOAD=libtcmalloc_minimal.so.4 djax train small --out runs/small
 
 Preloading tcmalloc is optional: fresh memory is slow on many virtual machines. About 80 minutes on two cores of an AMD
 EPYC at 7,000 to 9,400 tokens/s, 297,600 examples, last loss 0.0232. The stages were found while this run went on: it was
