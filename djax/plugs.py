@@ -1,7 +1,6 @@
 """Decoders and caches as text: `Threshold(0.9)`, `vicinity(16, 16, warmup=4)`, `none`; what their repr prints reads back."""
 
 import ast
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,9 +28,7 @@ def _build(node: ast.expr, registry: Mapping[str, type], name: str) -> Any:
     kind = registry.get(call.func.id.lower())
     if kind is None:
         raise OptionError(f"{name}: unknown {call.func.id!r}; there are: {', '.join(sorted(registry))}")
-    if kind is type(None) and not (call.args or call.keywords):
-        return None
-    takes = [f.name for f in dataclasses.fields(kind)]
+    takes = list(getattr(kind, "__dataclass_fields__", ()))  # type(None), a registry's "none", takes nothing
     given = [k.arg for k in call.keywords]
     if len(call.args) > len(takes) or set(given) - set(takes) or set(given) & set(takes[: len(call.args)]):
         raise OptionError(f"{name}: {ast.unparse(node)} does not fit {kind()!r}")

@@ -183,6 +183,14 @@ def test_logits_checks_its_tokens(moe_a):
 REGISTRY = {"threshold": djax.Threshold, "vicinity": djax.Vicinity}
 
 
+def test_none_as_text():
+    nothing = {"none": type(None), "smoothing": djax.Smoothing}
+    assert parse("none", nothing, "--smoothing") is None
+    assert parse("None", nothing, "--smoothing") is None
+    with pytest.raises(OptionError, match=r"--smoothing: none\(1\) does not fit None"):
+        parse("none(1)", nothing, "--smoothing")
+
+
 @pytest.mark.parametrize(
     ("text", "plug"),
     [
