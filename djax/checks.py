@@ -30,6 +30,20 @@ def integer(plug: Any, field: str, *, at_least: int, optional: bool = False) -> 
         object.__setattr__(plug, field, whole_number(value, name, at_least=at_least))
 
 
+def flag(plug: Any, field: str) -> None:
+    """Check a true-or-false field of a plug in its `__post_init__`."""
+    value = getattr(plug, field)
+    if not _inside_jax(value):
+        object.__setattr__(plug, field, boolean(value, f"{type(plug).__name__}({field}=...)"))
+
+
+def one_of(plug: Any, field: str, words: tuple[str, ...]) -> None:
+    """Check a static field of a plug that is one of a few words."""
+    value = getattr(plug, field)
+    if value not in words:
+        raise OptionError(f"{type(plug).__name__}({field}=...): expected one of {', '.join(words)}, got {value!r}")
+
+
 def real_number(
     value: Any, name: str, *, above: float | None = None, at_least: float | None = None, at_most: float | None = None
 ) -> float:

@@ -4,6 +4,8 @@ Each message names the argument, what was expected, what came and what would wor
 those about a value are `ValueError` too, so callers that know nothing of djax still catch them.
 """
 
+from typing import Any
+
 
 class DjaxError(Exception):
     """Base of every error djax raises on purpose."""
@@ -38,4 +40,11 @@ class UnsupportedModelError(CheckpointError):
 
 
 class TripCapError(DjaxError, RuntimeError):
-    """The decoding loop reached its cap with masks left: a decoder broke its law of progress."""
+    """The decoding loop reached its cap with masks left: a decoder broke its law of progress, or the model is not finite.
+
+    generations: the rows of that program as far as they came, each with its trace. A row with masks left has no text.
+    """
+
+    def __init__(self, message: str, generations: list[Any]) -> None:
+        super().__init__(message)
+        self.generations = generations

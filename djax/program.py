@@ -17,17 +17,22 @@ from djax.models.layers import Cache
 from djax.smoothing import Smoothing
 from djax.trace import Record
 
+# A logit that no softmax and no argmax chooses; finite, for decoders that multiply a probability of 0 by its logarithm.
+NEVER = -1e30
+
 
 class Request(NamedTuple):
     """What one decode is asked, all traced: new prompts, lengths, seeds or thresholds compile nothing.
 
     tokens int32 `[B, L]`: prompt, then masks, then padding. prompt, total int32 `[B]`: where the prompt and the canvas
-    end. start int32 `[B]`: where the first block starts. seed uint32 `[B]`. temperature, early_stop, cap: scalars.
+    end. least int32 `[B]`: the position before which no EOS is proposed. start int32 `[B]`: where the first block starts.
+    seed uint32 `[B]`. temperature, early_stop, cap: scalars.
     """
 
     tokens: jax.Array
     prompt: jax.Array
     total: jax.Array
+    least: jax.Array
     start: jax.Array
     seed: jax.Array
     temperature: jax.Array
@@ -186,6 +191,9 @@ def decode(
         x = family.embed(params, config, _take(rows.tokens, at)) if smoothing is None else _take(rows.soft, at)
         x, fresh = family.trunk(params, config, x, at, valid, cache)
         logits = family.unembed(params, config, _take(x, skip + jnp.arange(block)[None, :]))
+        early = rows.start[:, None] + jnp.arange(block)[None, :] < ask.least[:, None]
+        is_eos = jnp.arange(config.vocab)[None, None, :] == config.eos_id
+        logits = jnp.where(early[..., None] & is_eos, NEVER, logits)
         decoded = _decode_block(rows, logits, ask, decoder, running, tick_of(rows, ask), sampled, whole=cache is None)
         if smoothing is None:
             return decoded, fresh
@@ -193,7 +201,7 @@ def decode(
         soft = family.embed(params, config, tokens)
         weight = smoothing.weight(rows.forwards)[:, None, None].astype(soft.dtype)
         still = (tokens == config.mask_id)[..., None]
-        soft = jnp.where(still, soft + weight * family.expected_embedding(params, config, x), soft)
+        soft = jnp.where(still, soft + weight * family.expected_embedding(params, config, x, smoothing.top), soft)
         offset = everywhere - at[:, :1]
         covered = (offset >= 0) & (offset < at.shape[1]) & _take(valid, offset)
         return decoded._replace(soft=jnp.where(covered[..., None], _take(soft, offset), rows.soft)), fresh

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from djax.checks import number
+from djax.checks import integer, number
 
 
 @jax.tree_util.register_dataclass
@@ -16,16 +16,22 @@ class Smoothing:
     w_t = min(first + growth * t, last); while the ramp lasts, decoders that compare with a threshold use at least
     1 - threshold_decay * t (dInfer, arXiv 2510.08666, IterSmooth). t counts the row's forwards from the start of its
     sequence. All four at least 0.
+
+    top: None for the whole softmax; a number k reads only the k likeliest tokens' embeddings, with their probabilities as
+         they are (what is left out counts as zero, near the mean of the embeddings). Another answer, not a rounding:
+         the README has the measured difference.
     """
 
     first: float = 0.15
     growth: float = 0.02
     last: float = 0.3
     threshold_decay: float = 0.02
+    top: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __post_init__(self) -> None:
         for field in ("first", "growth", "last", "threshold_decay"):
             number(self, field, at_least=0.0)
+        integer(self, "top", at_least=1, optional=True)
 
     def weight(self, forward: jax.Array) -> jax.Array:
         """w_t, float32 `[B]`, at forward counts int32 `[B]`."""

@@ -22,9 +22,13 @@ ALLOWED = {
     "djax/model.py": ("errors", "compilation"),
     "djax/program.py": ("caching.contract", "decoding.contract", "models.layers", "smoothing", "trace"),
     "djax/checkpoint.py": ("errors", "text", "convert", "model", "models"),
+    "djax/request.py": (
+        *("errors", "checks", "text", "plugs", "model", "program"),
+        *("caching", "decoding", "smoothing"),
+    ),
     "djax/generate.py": (
-        *("errors", "checks", "text", "compilation", "plugs", "model", "program"),
-        *("caching", "decoding", "smoothing", "trace"),
+        *("errors", "text", "compilation", "model", "program", "request"),
+        *("caching.contract", "decoding", "smoothing", "trace"),
     ),
     "djax/training": (*("errors", "compilation", "text", "models", "model", "checkpoint", "generate", "training"),),
 }

@@ -1,7 +1,6 @@
 """Bad input at the public door: a typed error that names the argument, what came and what would work."""
 
 import re
-import sys
 from decimal import Decimal
 from fractions import Fraction
 
@@ -157,8 +156,7 @@ def test_canvas_longer_than_the_model(moe_a):
 
 
 def test_a_batch_that_does_not_fit(moe_a, monkeypatch):
-    # The function `djax.generate` hides the module of that name.
-    monkeypatch.setattr(sys.modules["djax.generate"], "device_memory", lambda: 2**20)
+    monkeypatch.setattr("djax.request.device_memory", lambda: 2**20)
     with pytest.raises(BatchError, match=r"8 prompts on a canvas of 192 .*pass max_batch"):
         djax.generate(moe_a, [IDS] * 8, cache=djax.Dual())
     with pytest.raises(BatchError, match=r"1 prompts .*lower gen_length or block_length"):
@@ -208,10 +206,10 @@ def test_plugs_as_text(text, plug):
     ("text", "message"),
     [
         ("treshold", "--decoder: unknown 'treshold'; there are: threshold, vicinity"),
-        ("Threshold(0.9, per_step=2)", "--decoder: Threshold(0.9, per_step=2) does not fit Threshold(tau=0.9)"),
-        ("Threshold(0.9, 1)", "does not fit Threshold(tau=0.9)"),
+        ("Threshold(0.9, per_step=2)", "--decoder: Threshold(0.9, per_step=2) does not fit Threshold(tau=0.9, slack=1e-05)"),
+        ("Threshold(0.9, 1, 1)", "does not fit Threshold(tau=0.9, slack=1e-05)"),
         ("Threshold(0.9, tau=1)", "does not fit"),
-        ("Threshold(", "--decoder: cannot read 'Threshold('; write it like Threshold(tau=0.9) or"),
+        ("Threshold(", "--decoder: cannot read 'Threshold('; write it like Threshold(tau=0.9, slack=1e-05) or"),
         ("__import__('os').getcwd()", "--decoder: cannot read"),
         ("Threshold(open)", "--decoder: unknown 'open'"),
         ("Threshold('a')", "got 'a' of type str"),

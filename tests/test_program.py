@@ -1,6 +1,7 @@
 """Laws of the one program: rows never wait or look, nothing recompiles, everything stays on the device."""
 
 import dataclasses
+import inspect
 import re
 
 import jax
@@ -10,10 +11,11 @@ import pytest
 from conftest import GOLDENS
 
 import djax
-from djax.caching import CACHES, Uncached
+from djax.caching import CACHES
 from djax.errors import TripCapError
-from djax.generate import compiled, request
+from djax.generate import compiled
 from djax.program import decode
+from djax.request import prepare
 from djax.training.problems import held_out
 
 POLICIES = {
@@ -172,8 +174,8 @@ def test_eos_in_the_prompt_does_not_stop(moe_a):
 
 
 def test_a_block_longer_than_the_canvas_is_the_canvas(moe_a):
-    long = djax.generate(moe_a, prompts(6)[0], gen_length=20, block_length=1000, cache=djax.Vicinity(500, 500))
-    fitting = djax.generate(moe_a, prompts(6)[0], gen_length=20, block_length=25, cache=djax.Vicinity(64, 64))
+    long = djax.generate(moe_a, prompts(6)[0], gen_length=20, block_length=1000, cache=djax.Vicinity(25, 25))
+    fitting = djax.generate(moe_a, prompts(6)[0], gen_length=20, block_length=25, cache=djax.Vicinity(20, 20))
     assert facts(long) == facts(fitting)
 
 
@@ -219,9 +221,14 @@ def test_one_executable_a_call_and_none_for_what_is_traced(moe_b):
     assert more.count == 1, "only the last one lies in another bucket of canvas lengths"
 
 
+def asking(model, prompts, **options):
+    defaults = {n: p.default for n, p in inspect.signature(djax.generate).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    return prepare(model, prompts, **(defaults | EVERYTHING | options))
+
+
 def hlo(model, cache):
-    ask = request(prompts(0)[:2], [0, 0], model.config, rows=2, gen_length=32, block=16)
-    return compiled(model, ask, (djax.Threshold(), Uncached() if cache is None else cache, None), 16)[0].as_text()
+    asked = asking(model, prompts(0)[:2], cache=cache)
+    return compiled(model, asked, asked.asks[0])[0].as_text()
 
 
 @pytest.mark.parametrize("cache", [None, djax.Dual(), djax.Vicinity(4, 4, warmup=2)], ids=repr)
@@ -238,7 +245,7 @@ def test_the_loop_is_inside_and_nothing_leaves_the_device(moe_a, cache):
 def test_lowered_for_a_gpu_the_experts_are_dense_products(moe_a):
     """The back end follows the platform the program is lowered for, not the machine it is lowered on: on a GPU a window
     step runs no loop over expert tiles. What is left are the decode, its refreshes and its window."""
-    ask = request(prompts(0)[:2], [0, 0], moe_a.config, rows=2, gen_length=32, block=16)
+    ask = asking(moe_a, prompts(0)[:2]).asks[0]
     statics = dict(family=moe_a.family, config=moe_a.config, block=16, sampled=False, traced=False)
     made = decode.trace(moe_a.params, ask, djax.Threshold(), djax.Vicinity(4, 4), None, **statics)
     loops = {p: made.lower(lowering_platforms=(p,)).as_text().count("stablehlo.while") for p in ("cuda", "cpu")}

@@ -4,10 +4,9 @@ import dataclasses
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 
 from djax.caching.contract import Plan, on_entry
-from djax.checks import integer
+from djax.checks import flag, integer
 from djax.decoding.contract import Tick
 
 
@@ -16,20 +15,23 @@ from djax.decoding.contract import Tick
 class Dual:
     """Refresh on entering a block, and every `every` turns if given; run the block's window in every turn.
 
-    dInfer's BaseDiffusionIteration: the refresh also decodes, and the window of the same turn runs even if the refresh
-    finished the block. Turns are counted from the start of the sequence. (Fast-dLLM, arXiv 2505.22618, section 3.2.)
+    A refresh also decodes. surplus: the window of that same turn runs too, even if the refresh finished the block (dInfer's
+    BaseDiffusionIteration); without it the refresh is the turn, as in Fast-dLLM (arXiv 2505.22618, section 3.2). Turns
+    are counted from the start of the sequence.
     """
 
     every: int | None = None
+    surplus: bool = True
 
     keeps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         integer(self, "every", at_least=1, optional=True)
+        flag(self, "surplus")
 
     def reach(self) -> tuple[int, int]:
         return 0, 0
 
     def plan(self, tick: Tick, cached_block: jax.Array) -> Plan:
         refresh = on_entry(tick, cached_block, self.every)
-        return Plan(full=refresh, refresh=refresh, window=jnp.ones_like(refresh))
+        return Plan(full=refresh, refresh=refresh, window=~refresh | self.surplus)

@@ -7,7 +7,8 @@ sets a shape is a static field. It has two pure methods:
     step(state, logits, masked, tick, key) -> state, tokens, accept
 
 with logits float32 `[B, S, V]`, masked bool `[B, S]` (what may be decided), `tick` where decoding stands, key a random
-key a row `[B]` or None at temperature 0; tokens int32 `[B, S]` and accept bool `[B, S]`.
+key a row `[B]` or None at temperature 0; tokens int32 `[B, S]` and accept bool `[B, S]`. A decoder that draws even at
+temperature 0 says so with a static attribute `draws = True`, and then always gets a key.
 
 The law of every decoder, tested from the registry: accept lies inside masked; every row with a mask accepts at least
 one token; the mask id is never accepted; rows do not look at each other; state keeps structure, shape and dtype.
@@ -47,6 +48,11 @@ class Decoder(Protocol):
     ) -> tuple[Any, jax.Array, jax.Array]: ...
 
 
+def draws(decoder: Decoder) -> bool:
+    """Whether the decoder needs a key at every temperature."""
+    return bool(getattr(decoder, "draws", False))
+
+
 def candidates(
     logits: jax.Array, masked: jax.Array, tick: Tick, key: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -55,7 +61,8 @@ def candidates(
     The token is the argmax of the logits, with Gumbel noise scaled by the temperature if there is a key; the confidence
     is its probability under the logits without noise (LLaDA, arXiv 2502.09992; dInfer). A masked position that proposes
     the mask id is no candidate. If a row has masks but no candidate, the mask id is struck from its logits, so that the
-    row still goes on; dInfer loops forever there. Ties go to the lower token id.
+    row still goes on; dInfer loops forever there. Ties go to the lower token id. Where the logits are not finite nothing
+    is a candidate: such a model ends at the cap on turns with an error, not with an answer.
     """
     noisy = logits
     if key is not None:
@@ -67,7 +74,8 @@ def candidates(
     candidate = masked & (first != tick.mask_id)
     stuck = ~jnp.any(candidate, axis=-1, keepdims=True)
     tokens = jnp.where(stuck, second, first).astype(jnp.int32)
-    return tokens, probability(logits, tokens), candidate | (masked & stuck)
+    confidence = probability(logits, tokens)
+    return tokens, confidence, (candidate | (masked & stuck)) & ~jnp.isnan(confidence)
 
 
 def probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -82,3 +90,8 @@ def by_confidence(confidence: jax.Array, candidate: jax.Array) -> jax.Array:
     """Each position's rank among its row's candidates, 0 the surest, ties to the lower position; the others come last."""
     order = jnp.argsort(jnp.where(candidate, -confidence, jnp.inf), axis=-1, stable=True)
     return jnp.argsort(order, axis=-1)
+
+
+def first_best(confidence: jax.Array) -> jax.Array:
+    """Bool `[B, S]`: each row's highest value, the first if there are several."""
+    return jnp.arange(confidence.shape[1])[None, :] == jnp.argmax(confidence, axis=-1, keepdims=True)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from djax.checks import number, plug
-from djax.decoding.contract import Decoder, Tick, probability
+from djax.decoding.contract import Decoder, Tick, draws, probability
 from djax.decoding.threshold import Threshold
 
 
@@ -32,6 +32,10 @@ class Credit:
         number(self, "alpha", at_least=0.0)
         number(self, "gamma", at_least=0.0)
         number(self, "beta", at_least=0.0, at_most=1.0)
+
+    @property
+    def draws(self) -> bool:
+        return draws(self.inner)
 
     def init(self, rows: int, block: int, vocab: int) -> tuple:
         return jnp.zeros((rows, block, vocab), jnp.float32), self.inner.init(rows, block, vocab)

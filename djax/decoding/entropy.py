@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from djax.checks import number
-from djax.decoding.contract import Tick, candidates
+from djax.decoding.contract import Tick, candidates, first_best
 
 
 @jax.tree_util.register_dataclass
@@ -33,5 +33,4 @@ class Entropy:
         tokens, _, candidate = candidates(logits, masked, tick, key)
         p = jax.nn.softmax(logits, axis=-1)
         entropy = jnp.where(candidate, -jnp.sum(p * jax.nn.log_softmax(logits, axis=-1), axis=-1), jnp.inf)
-        lowest = jnp.arange(masked.shape[1])[None, :] == jnp.argmin(entropy, axis=-1, keepdims=True)
-        return state, tokens, candidate & ((entropy <= self.theta) | lowest)
+        return state, tokens, candidate & ((entropy <= self.theta) | first_best(-entropy))

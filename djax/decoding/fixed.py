@@ -1,33 +1,60 @@
-"""Accept the same number of tokens at every forward."""
+"""Accept a fixed number of tokens at every forward, or a block's masks in a fixed number of forwards."""
 
 import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from djax.checks import integer
+from djax.checks import integer, one_of
 from djax.decoding.contract import Tick, by_confidence, candidates
+from djax.errors import OptionError
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Fixed:
-    """Accept the `per_step` most confident candidates of a row (LLaDA's low-confidence remasking, arXiv 2502.09992).
+    """Accept the `per_step` surest candidates, or spread each block's masks over `steps` forwards (LLaDA, arXiv 2502.09992).
 
-    Ties go to the lower position. Fewer are accepted where a row has fewer candidates.
+    per_step: candidates a forward; 1 if neither is given. Fewer are accepted where a row has fewer candidates.
+    steps:    instead: m masks at the block's first forward go m // steps at a time, one more at each of the first
+              m % steps, and never less than one. Refreshes and windows count alike (dInfer's FixedParallelDecoder).
+    order:    "confidence" (LLaDA's low-confidence remasking; ties go to the lower position) or "random" (uniform, from
+              the row's seed, at temperature 0 too; the tokens are the same argmax).
     """
 
-    per_step: int = 1
+    per_step: int | None = None
+    steps: int | None = None
+    order: str = dataclasses.field(default="confidence", metadata={"static": True})
 
     def __post_init__(self) -> None:
-        integer(self, "per_step", at_least=1)
+        integer(self, "per_step", at_least=1, optional=True)
+        integer(self, "steps", at_least=1, optional=True)
+        one_of(self, "order", ("confidence", "random"))
+        if self.per_step is None and self.steps is None:
+            object.__setattr__(self, "per_step", 1)
+        elif self.per_step is not None and self.steps is not None:
+            raise OptionError(f"Fixed(per_step=..., steps=...): expected one of the two, got {self.per_step} and {self.steps}")
 
-    def init(self, rows: int, block: int, vocab: int) -> tuple:
-        del rows, block, vocab
-        return ()
+    @property
+    def draws(self) -> bool:
+        return self.order == "random"
+
+    def init(self, rows: int, block: int, vocab: int) -> Any:
+        """The masks each row's block began with, where they set the pace."""
+        del block, vocab
+        return () if self.steps is None else jnp.zeros(rows, jnp.int32)
 
     def step(
         self, state: Any, logits: jax.Array, masked: jax.Array, tick: Tick, key: jax.Array | None
     ) -> tuple[Any, jax.Array, jax.Array]:
         tokens, confidence, candidate = candidates(logits, masked, tick, key)
-        return state, tokens, candidate & (by_confidence(confidence, candidate) < self.per_step)
+        if self.order == "random":
+            # Folded in, so that the order says nothing about the noise that chose the tokens.
+            confidence = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 1), masked.shape[1:]))(key)
+        if self.steps is None:
+            count = jnp.full(masked.shape[:1], self.per_step)
+        else:
+            state = jnp.where(tick.call == 0, jnp.sum(masked, axis=-1, dtype=jnp.int32), state)
+            count = jnp.maximum(1, state // self.steps + (tick.call < state % self.steps))
+        return state, tokens, candidate & (by_confidence(confidence, candidate) < count[:, None])

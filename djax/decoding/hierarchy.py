@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from djax.checks import number
-from djax.decoding.contract import Tick, candidates
+from djax.decoding.contract import Tick, candidates, first_best
 from djax.errors import OptionError
 
 
@@ -45,12 +45,7 @@ class Hierarchy:
         best_of_run = jnp.max(jnp.where(together, confidence[:, None, :], -jnp.inf), axis=-1)
         high = jnp.maximum(self.high, tick.least[:, None])
         chosen = ((confidence == best_of_run) & (confidence > self.low)) | (confidence > high)
-        accept = candidate & (chosen | _first_best(confidence))
+        accept = candidate & (chosen | first_best(confidence))
         none = ~jnp.any(accept, axis=-1, keepdims=True)
-        best = candidate & _first_best(jnp.where(candidate, confidence, -jnp.inf))
+        best = candidate & first_best(jnp.where(candidate, confidence, -jnp.inf))
         return state, tokens, accept | (none & best)
-
-
-def _first_best(confidence: jax.Array) -> jax.Array:
-    """Bool `[B, S]`: each row's highest value, the first if there are several."""
-    return jnp.arange(confidence.shape[1])[None, :] == jnp.argmax(confidence, axis=-1, keepdims=True)

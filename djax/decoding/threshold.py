@@ -7,11 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from djax.checks import number
-from djax.decoding.contract import Tick, candidates
-
-# dInfer lowers the bound to this much under the row's best, so that the best always passes; what ties with it within
-# the slack passes too, even at a threshold above 1.
-SLACK = 1e-5
+from djax.decoding.contract import Tick, candidates, first_best
 
 
 @jax.tree_util.register_dataclass
@@ -19,13 +15,18 @@ SLACK = 1e-5
 class Threshold:
     """Accept each candidate whose confidence reaches tau, and always the row's best (Fast-dLLM, arXiv 2505.22618; dInfer).
 
-    tau: above 0. Above 1 it is never reached: then one token a forward is accepted, and any that ties with it to 1e-5.
+    tau:   above 0. Above 1 it is never reached: then one token a forward is accepted, up to the slack.
+    slack: what is within it of the row's best goes with the best. dInfer lowers its bound to 1e-5 under the best, so
+           that the best always passes; with 0 the best goes alone, the lower position of a tie, as in Fast-dLLM, and
+           a tau above 1 is exactly `Fixed(1)`.
     """
 
     tau: float = 0.9
+    slack: float = 1e-5
 
     def __post_init__(self) -> None:
         number(self, "tau", above=0.0)
+        number(self, "slack", at_least=0.0)
 
     def init(self, rows: int, block: int, vocab: int) -> tuple:
         del rows, block, vocab
@@ -35,6 +36,8 @@ class Threshold:
         self, state: Any, logits: jax.Array, masked: jax.Array, tick: Tick, key: jax.Array | None
     ) -> tuple[Any, jax.Array, jax.Array]:
         tokens, confidence, candidate = candidates(logits, masked, tick, key)
-        best = jnp.max(jnp.where(candidate, confidence, -jnp.inf), axis=-1, keepdims=True)
-        bound = jnp.minimum(best - SLACK, jnp.maximum(self.tau, tick.least[:, None]))
-        return state, tokens, candidate & (confidence >= bound)
+        confidence = jnp.where(candidate, confidence, -jnp.inf)
+        best = jnp.max(confidence, axis=-1, keepdims=True)
+        reaches = confidence >= jnp.maximum(self.tau, tick.least[:, None])
+        ties = (confidence >= best - self.slack) & (self.slack > 0)
+        return state, tokens, candidate & (reaches | ties | first_best(confidence))

@@ -243,15 +243,19 @@ def unembed(params: Any, config: Config, x: jax.Array) -> jax.Array:
     return LLaDAMoE(config).apply({"params": params}, x, method="unembed")
 
 
-def expected_embedding(params: Any, config: Config, x: jax.Array, chunk: int = 256) -> jax.Array:
+def expected_embedding(params: Any, config: Config, x: jax.Array, top: int | None = None, chunk: int = 256) -> jax.Array:
     """softmax(unembed(x)) @ embedding: the trunk's output `[B, W, D]` as the embedding it expects at each position.
 
-    Softmax in float32. In chunks of positions, so that no array of canvas x vocabulary is ever made.
+    Softmax in float32. In chunks of positions, so that no array of canvas x vocabulary is ever made. With `top` only that
+    many tokens' rows of the embedding are read, weighted by their probabilities in the whole softmax.
     """
 
     def expect(x: jax.Array) -> jax.Array:
         p = jax.nn.softmax(unembed(params, config, x), axis=-1)
-        return p.astype(x.dtype) @ params["embedding"]
+        if top is None or top >= config.vocab:
+            return p.astype(x.dtype) @ params["embedding"]
+        p, ids = jax.lax.top_k(p, top)
+        return jnp.einsum("tk,tkd->td", p.astype(x.dtype), params["embedding"][ids])
 
     flat = x.reshape(-1, x.shape[-1])
     if len(flat) <= chunk:

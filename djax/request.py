@@ -1,0 +1,206 @@
+"""From what a user asks to what the program takes: every check of the public door, then prompts laid out as canvases."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from djax import text
+from djax.caching import CACHES, Uncached
+from djax.caching.contract import TO_THE_END, Policy
+from djax.checks import boolean, plug, real_number, whole_number
+from djax.decoding import DECODERS
+from djax.decoding.contract import Decoder, draws
+from djax.errors import BatchError, CanvasError, OptionError
+from djax.model import Model
+from djax.plugs import spelled
+from djax.program import Request
+from djax.smoothing import Smoothing
+
+Plugs = tuple[Decoder, Policy, Smoothing | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A checked call: one request a group of prompts, the plugs, and what is static to their programs.
+
+    sampled: decoders get a random key. traced: every forward is recorded. single: the user gave one prompt and no list.
+    """
+
+    asks: list[Request]
+    plugs: Plugs
+    block_length: int
+    sampled: bool
+    traced: bool
+    single: bool
+
+    def block(self, ask: Request) -> int:
+        """S: a block, however long, is never more than the canvas."""
+        return min(self.block_length, ask.tokens.shape[1])
+
+
+def prepare(
+    model: Model,
+    prompts: Any,
+    *,
+    gen_length: Any,
+    min_gen_length: Any,
+    block_length: Any,
+    decoder: Any,
+    cache: Any,
+    smoothing: Any,
+    temperature: Any,
+    seed: Any,
+    early_stop: Any,
+    align_blocks: Any,
+    trace: Any,
+    max_batch: Any,
+) -> Asked:
+    """Check the arguments of `djax.generate`, whose docstring has their meaning, and lay its prompts out. Compiles nothing.
+
+    Raises `OptionError`, `PromptError`, `CanvasError` or `BatchError`.
+    """
+    block_length = whole_number(block_length, "block_length", at_least=1)
+    temperature = real_number(temperature, "temperature", at_least=0.0)
+    early_stop, align_blocks = boolean(early_stop, "early_stop"), boolean(align_blocks, "align_blocks")
+    trace = boolean(trace, "trace")
+    plugs = _plugs(model, decoder, cache, smoothing)
+    ids, single = text.encode(model.tokenizer, prompts, model.config.vocab, model.config.mask_id)
+    count = len(ids)
+    seeds = _one_a_prompt(seed, "seed", count, at_least=0, at_most=2**32 - 1)
+    lengths = _one_a_prompt(gen_length, "gen_length", count, at_least=1)
+    least = _one_a_prompt(min_gen_length, "min_gen_length", count, at_least=0)
+    for i, prompt in enumerate(ids):
+        _check_canvas(model, f"prompt {i}", len(prompt), lengths[i], least[i], plugs[1])
+    group = count if max_batch is None else min(count, whole_number(max_batch, "max_batch", at_least=1))
+    asks = [
+        request(
+            *(ids[i : i + group], seeds[i : i + group], model.config),
+            rows=group,
+            gen_length=lengths[i : i + group],
+            min_gen_length=least[i : i + group],
+            block=block_length,
+            temperature=temperature,
+            early_stop=early_stop,
+            align_blocks=align_blocks,
+        )
+        for i in range(0, count, group)
+    ]
+    asked = Asked(asks, plugs, block_length, temperature > 0 or draws(plugs[0]), trace, single)
+    for ask in asks:
+        _check_memory(model, ask, plugs, asked.block(ask))
+    return asked
+
+
+def _plugs(model: Model, decoder: Any, cache: Any, smoothing: Any) -> Plugs:
+    """The three plugs as the program takes them, or `OptionError`: not a plug, or one that the model's family lacks."""
+    plug(decoder, "decoder", ("init", "step"), spelled(DECODERS))
+    policy = Uncached() if cache is None else cache
+    plug(policy, "cache", ("reach", "plan"), spelled(CACHES))
+    if smoothing is not None:
+        plug(smoothing, "smoothing", ("weight", "least"), "None, djax.Smoothing(...)")
+    name = model.family.__name__.rsplit(".", 1)[-1]
+    if policy.keeps and not hasattr(model.family, "empty_cache"):
+        raise OptionError(f"cache: expected None, since the family {name} keeps no keys and values; got {cache!r}")
+    if smoothing is not None and not hasattr(model.family, "expected_embedding"):
+        raise OptionError(f"smoothing: expected None, since the family {name} takes no soft embeddings; got {smoothing!r}")
+    return decoder, policy, smoothing
+
+
+def _check_canvas(model: Model, where: str, prompt: int, gen_length: int, min_gen_length: int, policy: Policy) -> None:
+    """One prompt's lengths against the model's positions and the cache's reach; `where` names it in the error."""
+    total, most = prompt + gen_length, model.config.max_positions
+    if total > most:
+        raise CanvasError(
+            f"{where}: {prompt} tokens + gen_length {gen_length} = {total} positions, the model has {most}; gen_length may "
+            f"be {max(0, most - prompt)} at most"
+        )
+    if min_gen_length > gen_length:
+        raise OptionError(f"min_gen_length: expected at most gen_length, {gen_length}, for {where}, got {min_gen_length}")
+    beyond = [reach for reach in policy.reach() if total < reach != TO_THE_END]
+    if beyond:
+        raise OptionError(
+            f"cache: {policy} reaches {beyond[0]} positions beyond its block; {where} has a canvas of {total}, so expected at "
+            f"most {total}"
+        )
+
+
+def _one_a_prompt(value: Any, name: str, count: int, **bounds: int) -> list[int]:
+    """One whole number for all prompts, or one each."""
+    values = [value] * count if np.ndim(value) == 0 else list(value)
+    if len(values) != count:
+        raise OptionError(f"{name}: expected one whole number, or one for each of the {count} prompts, got {len(values)}")
+    return [whole_number(one, name, **bounds) for one in values]
+
+
+def bucket(length: int) -> int:
+    """The padded canvas length: multiples of 64 up to 1024, then of 256. What is padded is seen by nobody."""
+    step = 64 if length <= 1024 else 256
+    return -(-length // step) * step
+
+
+def request(
+    ids: Sequence[np.ndarray],
+    seeds: Sequence[int],
+    config: Any,
+    *,
+    rows: int,
+    gen_length: Sequence[int],
+    min_gen_length: Sequence[int],
+    block: int,
+    temperature: float = 0.0,
+    early_stop: bool = True,
+    align_blocks: bool = True,
+) -> Request:
+    """Lay the prompts out as canvases. Rows beyond the prompts have an empty canvas and never start."""
+    empty = [0] * (rows - len(ids))
+    prompt = np.array([*map(len, ids), *empty], np.int32)
+    total = prompt + np.array([*gen_length, *empty], np.int32)
+    tokens = np.full((rows, bucket(int(total.max()))), config.eos_id, np.int32)
+    for b, p in enumerate(ids):
+        tokens[b, : len(p)] = p
+        tokens[b, len(p) : total[b]] = config.mask_id
+    return Request(
+        tokens=tokens,
+        prompt=prompt,
+        total=total,
+        least=prompt + np.array([*min_gen_length, *empty], np.int32),
+        start=prompt // block * block if align_blocks else prompt,
+        seed=np.array([*seeds, *empty], np.uint32),
+        temperature=np.float32(temperature),
+        early_stop=np.bool_(early_stop),
+        # Every turn of an unfinished row accepts a token, so no row takes more turns than it has masks.
+        cap=np.int32(max(gen_length)),
+    )
+
+
+def _check_memory(model: Model, ask: Request, plugs: Plugs, block: int) -> None:
+    """Refuse a batch whose carry and largest activations cannot fit the device; an estimate from below."""
+    (rows, length), c = ask.tokens.shape, model.config
+    decoder, policy, smoothing = plugs
+    shapes = [jax.eval_shape(lambda: decoder.init(rows, block, c.vocab))]
+    if policy.keeps:
+        shapes.append(jax.eval_shape(lambda p: model.family.empty_cache(p, c, rows, length), model.params))
+    if smoothing is not None:
+        shapes.append(jax.eval_shape(lambda p: model.family.embed(p, c, ask.tokens), model.params))
+    carried = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(shapes))
+    logits = 4 * rows * block * c.vocab if policy.keeps else 4 * block * c.vocab
+    need = model.parameter_bytes + carried + logits + 4 * c.heads * length * length
+    have = device_memory()
+    if need > have:
+        raise does_not_fit(ask, f"at least {need / 2**30:.1f} GiB, the device has {have / 2**30:.1f} GiB")
+
+
+def does_not_fit(ask: Request, need: str) -> BatchError:
+    rows, length = ask.tokens.shape
+    cure = "pass max_batch (it changes no answer)" if rows > 1 else "lower gen_length or block_length"
+    return BatchError(f"{rows} prompts on a canvas of {length} need {need}; {cure}")
+
+
+def device_memory() -> int:
+    """Bytes of memory of the default device; on a CPU, of the machine."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
