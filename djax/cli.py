@@ -257,6 +257,7 @@ def as_json(answer: Any) -> dict[str, Any]:
         "tokens": answer.tokens.tolist(),
         "forwards": answer.forwards,
         "refreshes": answer.refreshes,
+        "positions": answer.positions,
         "tokens_per_forward": answer.tokens_per_forward,
         "compile_seconds": answer.timing.compile,
         "decode_seconds": answer.timing.decode,

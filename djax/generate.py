@@ -38,6 +38,8 @@ class Generation:
     canvas:    int32 `[P + gen_length]`, the sequence as the program left it; after an early stop the rest is EOS.
     forwards:  network forwards this row took part in, window and whole-canvas alike.
     refreshes: how many of them refilled the cache.
+    positions: canvas positions those forwards ran, all together (token instances): what a forward costs, where the cost
+               grows with its width.
     trace:     what each forward proposed and accepted; None unless asked for.
     """
 
@@ -46,6 +48,7 @@ class Generation:
     canvas: np.ndarray
     forwards: int
     refreshes: int
+    positions: int
     timing: Timing
     trace: Trace | None = None
 
@@ -170,6 +173,7 @@ def _generation(model: Model, rows: Rows, ask: Request, b: int, timing: Timing) 
         canvas=canvas,
         forwards=int(rows.forwards[b]),
         refreshes=int(rows.refreshes[b]),
+        positions=int(rows.positions[b]),
         timing=timing,
         trace=rows.trace.row(b, ask.total[b], rows.forwards[b]) if rows.trace else None,
     )

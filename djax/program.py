@@ -50,6 +50,7 @@ class Rows(NamedTuple):
     iteration    int32 `[B]`, turns of the loop so far.
     forwards     int32 `[B]`, network forwards so far.
     refreshes    int32 `[B]`, those that refilled the cache.
+    positions    int32 `[B]`, canvas positions run through the network, over all forwards.
     call         int32 `[B]`, decode calls in the current block.
     cached_block int32 `[B]`, block in which the cache was last filled; -1 while it is empty.
     decoder      the decoder's state, any pytree with leading axis B.
@@ -64,6 +65,7 @@ class Rows(NamedTuple):
     iteration: jax.Array
     forwards: jax.Array
     refreshes: jax.Array
+    positions: jax.Array
     call: jax.Array
     cached_block: jax.Array
     decoder: Any
@@ -151,6 +153,12 @@ def _finish_blocks(rows: Rows, ask: Request, block: int, mask_id: int, eos_id: i
     )
 
 
+def reach(policy: Policy, length: int) -> tuple[int, int]:
+    """How far a window goes beyond its block on a canvas. What would leave it on every side costs nothing, cut off here."""
+    before, after = policy.reach()
+    return min(before, length), min(after, length)
+
+
 @partial(jax.jit, static_argnames=("family", "config", "block", "sampled", "traced"))
 def decode(
     params: Any,
@@ -172,8 +180,7 @@ def decode(
     Returns the last carry; `rows.active` there is true only for rows that hit the cap on turns.
     """
     batch, length = ask.tokens.shape
-    # What reaches beyond the canvas on every side is cut off anyway; cut here, it costs nothing.
-    before, after = (min(reach, length) for reach in policy.reach())
+    before, after = reach(policy, length)
     width = before + block + after if before else min(block + after, length)
     everywhere = jnp.arange(length, dtype=jnp.int32)[None, :]
 
@@ -195,6 +202,7 @@ def decode(
         is_eos = jnp.arange(config.vocab)[None, None, :] == config.eos_id
         logits = jnp.where(early[..., None] & is_eos, NEVER, logits)
         decoded = _decode_block(rows, logits, ask, decoder, running, tick_of(rows, ask), sampled, whole=cache is None)
+        decoded = decoded._replace(positions=rows.positions + jnp.sum(valid, axis=1, dtype=jnp.int32))
         if smoothing is None:
             return decoded, fresh
         tokens = _take(decoded.tokens, at)
@@ -251,6 +259,7 @@ def decode(
         iteration=zero,
         forwards=zero,
         refreshes=zero,
+        positions=zero,
         call=zero,
         cached_block=zero - 1,
         decoder=decoder.init(batch, block, config.vocab),

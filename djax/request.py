@@ -180,18 +180,24 @@ def request(
 def _check_memory(model: Model, ask: Request, plugs: Plugs, block: int) -> None:
     """Refuse a batch whose carry and largest activations cannot fit the device; an estimate from below."""
     (rows, length), c = ask.tokens.shape, model.config
-    decoder, policy, smoothing = plugs
-    shapes = [jax.eval_shape(lambda: decoder.init(rows, block, c.vocab))]
-    if policy.keeps:
-        shapes.append(jax.eval_shape(lambda p: model.family.empty_cache(p, c, rows, length), model.params))
-    if smoothing is not None:
-        shapes.append(jax.eval_shape(lambda p: model.family.embed(p, c, ask.tokens), model.params))
-    carried = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(shapes))
-    logits = 4 * rows * block * c.vocab if policy.keeps else 4 * block * c.vocab
+    carried = sum(carried_bytes(model, ask, plugs, block).values())
+    logits = 4 * rows * block * c.vocab if plugs[1].keeps else 4 * block * c.vocab
     need = model.parameter_bytes + carried + logits + 4 * c.heads * length * length
     have = device_memory()
     if need > have:
         raise does_not_fit(ask, f"at least {need / 2**30:.1f} GiB, the device has {have / 2**30:.1f} GiB")
+
+
+def carried_bytes(model: Model, ask: Request, plugs: Plugs, block: int) -> dict[str, int]:
+    """Bytes of the large parts of the loop's carry: the decoder's state, the cache, the soft embeddings."""
+    (rows, length), c = ask.tokens.shape, model.config
+    decoder, policy, smoothing = plugs
+    parts = {"decoder": jax.eval_shape(lambda: decoder.init(rows, block, c.vocab))}
+    if policy.keeps:
+        parts["cache"] = jax.eval_shape(lambda p: model.family.empty_cache(p, c, rows, length), model.params)
+    if smoothing is not None:
+        parts["soft embeddings"] = jax.eval_shape(lambda p: model.family.embed(p, c, ask.tokens), model.params)
+    return {name: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(part)) for name, part in parts.items()}
 
 
 def does_not_fit(ask: Request, need: str) -> BatchError:

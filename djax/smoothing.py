@@ -40,3 +40,6 @@ class Smoothing:
     def least(self, forward: jax.Array) -> jax.Array:
         """The threshold below which no decoder goes at this forward, float32 `[B]`."""
         return 1 - self.threshold_decay * forward.astype(jnp.float32)
+
+
+SMOOTHINGS: dict[str, type] = {"none": type(None), "smoothing": Smoothing}

@@ -32,6 +32,8 @@ def decoder(settings):
             return djax.Credit(threshold, *numbers)
         case "hierarchy":
             return djax.Hierarchy(threshold.tau, settings["low_threshold"])
+        case "fixed":
+            return djax.Fixed(steps=settings["steps"])
 
 
 def smoothing(settings):
@@ -41,22 +43,28 @@ def smoothing(settings):
     return djax.Smoothing(*(settings.get(name, default) for name, default in names.items()))
 
 
+def recorded(family):
+    return {t["id"]: t for t in json.loads((GOLDENS / f"{family}.json").read_text())["traces"]}
+
+
 def traces(kind):
     for family in FAMILIES:
-        for trace in json.loads((GOLDENS / f"{family}.json").read_text())["traces"]:
-            settings = trace["settings"]
-            covered = settings["decoder"] in ("threshold", "credit", "hierarchy")
-            if covered and not settings.get("use_shift") and trace["id"] in CLEAN[family][kind]:
-                yield pytest.param(family, trace, id=f"{family}-{trace['id']}")
+        for name, trace in recorded(family).items():
+            if name in CLEAN[family][kind]:
+                yield pytest.param(family, trace, id=f"{family}-{name}")
 
 
-def replay(family, trace, request):
+def replay(family, trace, request, row=0):
+    """The recorded prompt of one row decoded by djax alone; dInfer's last canvas and the one after each decode call."""
     settings = trace["settings"]
     data = np.load(GOLDENS / f"{family}.npz")
+    prompt = data[f"{trace['id']}/prompt"][row].astype(int)
+    prompt = prompt[prompt != trace["mask_id"]]  # a shorter second prompt is padded with masks
+    total = data[f"{trace['id']}/final"].shape[1]
     out = djax.generate(
         request.getfixturevalue(settings["model"]),
-        data[f"{trace['id']}/prompt"][0].astype(int).tolist(),
-        gen_length=settings["gen_length"],
+        prompt.tolist(),
+        gen_length=total - len(prompt),
         block_length=settings["block_length"],
         decoder=decoder(settings),
         cache=policy(settings),
@@ -65,7 +73,7 @@ def replay(family, trace, request):
         align_blocks=settings["start_block_align"],
         trace=True,
     )
-    return out, data[f"{trace['id']}/final"][0], data[f"{trace['id']}/steps"][:, 0]
+    return out, data[f"{trace['id']}/final"][row], data[f"{trace['id']}/steps"][:, row]
 
 
 @pytest.mark.parametrize(("family", "trace"), list(traces("exact")))

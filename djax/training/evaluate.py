@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import statistics
 from typing import Any
 
 from djax.generate import generate
@@ -13,9 +14,11 @@ from djax.training.problems import Problem, stated_result
 class Report:
     """One evaluation. A token counts up to the first EOS; the prompt never counts.
 
-    accuracy: share of problems whose stated result is right, with its 95% Wilson interval.
-    tokens_per_forward: mean over problems of tokens / forwards (dInfer's TPF).
-    forwards: mean a problem. decode_seconds: all problems, compile apart.
+    accuracy: share of problems whose stated result is right, with its 95% Wilson interval; correct_bits has which, as the
+              hexadecimal digits of a number whose bit i is problem i, so that two reports can be compared problem by problem.
+    tokens_per_forward: mean over problems of tokens / forwards (dInfer's TPF), with its 95% interval (normal, of the mean).
+    forwards, refreshes, positions: means a problem; positions are all those run, over all forwards (token instances).
+    programs: how many had to be compiled. decode_seconds: all problems, compile apart.
     """
 
     problems: int
@@ -23,11 +26,16 @@ class Report:
     accuracy: float
     accuracy_low: float
     accuracy_high: float
+    correct_bits: str
     tokens: int
     tokens_per_forward: float
+    tokens_per_forward_low: float
+    tokens_per_forward_high: float
     forwards: float
     refreshes: float
+    positions: float
     tokens_per_second: float
+    programs: int
     compile_seconds: float
     decode_seconds: float
 
@@ -40,30 +48,44 @@ def wilson(correct: int, count: int, z: float = 1.96) -> tuple[float, float]:
     return centre - half, centre + half
 
 
+def difference(bits: str, other: str, count: int, z: float = 1.96) -> tuple[float, float, float]:
+    """Accuracy of one report minus another's on the same problems, and its 95% interval (paired, normal)."""
+    won, lost = int(bits, 16) & ~int(other, 16), int(other, 16) & ~int(bits, 16)
+    won, lost = won.bit_count() / count, lost.bit_count() / count
+    half = z * math.sqrt(max(won + lost - (won - lost) ** 2, 0) / count)
+    return won - lost, won - lost - half, won - lost + half
+
+
 def evaluate(model: Model, problems: list[Problem], *, max_batch: int = 25, progress: Any = None, **options: Any) -> Report:
     """Answer every problem with `djax.generate(**options)` and count. `progress` is called with the number done so far."""
-    answers = []
-    compiling = decoding = 0.0
+    answers, timings = [], []
     for i in range(0, len(problems), max_batch):
-        part = generate(model, [p.question for p in problems[i : i + max_batch]], **options)
-        compiling, decoding = compiling + part[0].timing.compile, decoding + part[0].timing.decode
-        answers += part
+        answers += generate(model, [p.question for p in problems[i : i + max_batch]], **options)
+        timings.append(answers[-1].timing)
         if progress is not None:
             progress(len(answers))
-    correct = sum(stated_result(a.text) == p.result for a, p in zip(answers, problems, strict=True))
+    right = [stated_result(a.text) == p.result for a, p in zip(answers, problems, strict=True)]
     count, tokens = len(problems), sum(len(a.tokens) for a in answers)
-    low, high = wilson(correct, count)
+    decoding = sum(t.decode for t in timings)
+    low, high = wilson(sum(right), count)
+    rates = [a.tokens_per_forward for a in answers]
+    rate, half = statistics.fmean(rates), 1.96 * statistics.pstdev(rates) / math.sqrt(count)
     return Report(
         problems=count,
-        correct=correct,
-        accuracy=correct / count,
+        correct=sum(right),
+        accuracy=sum(right) / count,
         accuracy_low=round(low, 4),
         accuracy_high=round(high, 4),
+        correct_bits=f"{sum(r << i for i, r in enumerate(right)):x}",
         tokens=tokens,
-        tokens_per_forward=round(sum(a.tokens_per_forward for a in answers) / count, 3),
-        forwards=round(sum(a.forwards for a in answers) / count, 2),
-        refreshes=round(sum(a.refreshes for a in answers) / count, 2),
+        tokens_per_forward=round(rate, 3),
+        tokens_per_forward_low=round(rate - half, 3),
+        tokens_per_forward_high=round(rate + half, 3),
+        forwards=round(statistics.fmean(a.forwards for a in answers), 2),
+        refreshes=round(statistics.fmean(a.refreshes for a in answers), 2),
+        positions=round(statistics.fmean(a.positions for a in answers), 1),
         tokens_per_second=round(tokens / decoding, 1),
-        compile_seconds=round(compiling, 2),
+        programs=sum(t.compile > 0 for t in timings),
+        compile_seconds=round(sum(t.compile for t in timings), 2),
         decode_seconds=round(decoding, 2),
     )

@@ -1,0 +1,270 @@
+"""The ablation ladder: what each part of a decode buys, in accuracy and in tokens per forward, on held-out problems.
+
+    djax bench ladder --out benchmarks/results --readme README.md
+
+A rung is one combination of decoder, cache and smoothing; its decoder's numbers are swept, which compiles once a bucket of
+canvas lengths. Every point is one JSON line in ladder.jsonl, with the problems it answered rightly and the circumstances;
+ladder.md and ladder.png are made from those lines alone.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from djax.benchmarks.circumstances import circumstances
+from djax.errors import OptionError
+from djax.training.evaluate import difference
+
+GEN_LENGTH, BLOCK_LENGTH, BATCH = 128, 32, 25
+
+
+@dataclasses.dataclass(frozen=True)
+class Rung:
+    """decoders: as on the command line; the first one is the rung's step on the ladder, the others are its sweep."""
+
+    name: str
+    decoders: tuple[str, ...]
+    cache: str = "none"
+    smoothing: str = "none"
+
+
+TAUS = (0.9, 0.8, 0.97, 0.99, 0.997, 0.999)
+THRESHOLDS = tuple(f"Threshold({tau})" for tau in TAUS)
+CREDITS = tuple(f"Credit(Threshold({tau}))" for tau in TAUS)
+RUNS = ((0.92, 0.62), (0.9, 0.4), (0.97, 0.9), (0.99, 0.97), (0.997, 0.99), (0.999, 0.997))
+HIERARCHIES = tuple(f"Hierarchy({high}, {low})" for high, low in RUNS)
+DUAL, VICINITY, SMOOTHING = "Dual()", "Vicinity(16, 16, warmup=4)", "Smoothing()"
+RUNGS = (
+    Rung("one token a forward", ("Fixed(1)",)),
+    Rung("threshold", THRESHOLDS),
+    Rung("threshold + dual", THRESHOLDS, DUAL),
+    Rung("threshold + vicinity", THRESHOLDS, VICINITY),
+    Rung("credit", CREDITS),
+    Rung("credit + vicinity", CREDITS, VICINITY),
+    Rung("smoothing", THRESHOLDS, "none", SMOOTHING),
+    Rung("smoothing + vicinity", THRESHOLDS, VICINITY, SMOOTHING),
+    Rung("credit + smoothing", CREDITS, "none", SMOOTHING),
+    Rung("hierarchy", HIERARCHIES),
+    Rung("hierarchy + vicinity", HIERARCHIES, VICINITY),
+    Rung("hierarchy + smoothing", HIERARCHIES, "none", SMOOTHING),
+    Rung("hierarchy + smoothing + vicinity", HIERARCHIES, VICINITY, SMOOTHING),
+    Rung("factor", tuple(f"Factor({f})" for f in (1.0, 0.3, 0.1, 0.03, 0.01))),
+    Rung("entropy", tuple(f"Entropy({theta})" for theta in (0.45, 0.1, 0.03, 0.01))),
+    Rung("fixed", tuple(f"Fixed({n})" for n in (4, 2, 8))),
+)
+# Two points are compared with: a threshold as it is usually set, and one at which this model loses little.
+REFERENCES = (("threshold", "Threshold(0.9)"), ("threshold", "Threshold(0.99)"))
+
+
+def measure(
+    model: Any, problems: list[Any], out: Path, *, resume: bool, note: Callable[[str], None], rungs: Iterable[Rung] = RUNGS
+) -> None:
+    """Answer the problems at every point of every rung, writing each line as it is measured (a kill loses one point).
+
+    resume: keep the lines that are there, if they are of the same number of problems. Raises `OptionError` if there are
+    lines and `resume` is off, so that nothing measured is lost by accident.
+    """
+    from djax.caching import CACHES
+    from djax.decoding import DECODERS
+    from djax.plugs import parse
+    from djax.smoothing import SMOOTHINGS
+    from djax.training.evaluate import evaluate
+
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "ladder.jsonl"
+    if file.exists() and not resume:
+        raise OptionError(f"--out: {file} exists; give --resume to go on with it, or remove it")
+    lines = read(file) if file.exists() else []
+    if any(line["problems"] != len(problems) for line in lines):
+        raise OptionError(f"--resume: {file} is of {lines[0]['problems']} problems, not of {len(problems)}")
+    done = {(line["rung"], line["decoder"]) for line in lines}
+    for rung in rungs:
+        for decoder in rung.decoders:
+            if (rung.name, decoder) in done:
+                continue
+            report = evaluate(
+                *(model, problems),
+                max_batch=BATCH,
+                gen_length=GEN_LENGTH,
+                block_length=BLOCK_LENGTH,
+                decoder=parse(decoder, DECODERS, "decoder"),
+                cache=parse(rung.cache, CACHES, "cache"),
+                smoothing=parse(rung.smoothing, SMOOTHINGS, "smoothing"),
+            )
+            lines.append(
+                {"rung": rung.name, "decoder": decoder, "cache": rung.cache, "smoothing": rung.smoothing}
+                | {"gen_length": GEN_LENGTH, "block_length": BLOCK_LENGTH, "batch": BATCH, "dtype": str(model.dtype)}
+                | {"model": repr(model)}
+                | dataclasses.asdict(report)
+                | circumstances()
+            )
+            _write(file, "".join(json.dumps(line) + "\n" for line in lines))
+            note(
+                f"{rung.name}, {decoder}: {report.accuracy:.1%}, {report.tokens_per_forward:.2f} tokens/forward "
+                f"({report.decode_seconds:.0f} s)"
+            )
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def front(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The Pareto front: points that no other beats in accuracy and in tokens per forward at once, slowest first."""
+    best: list[dict[str, Any]] = []
+    for line in sorted(lines, key=lambda x: (-x["tokens_per_forward"], -x["accuracy"])):
+        if not best or line["accuracy"] > best[-1]["accuracy"]:
+            best.append(line)
+    return best[::-1]
+
+
+def fastest(lines: list[dict[str, Any]], reference: dict[str, Any], points: float = 0.01) -> dict[str, Any] | None:
+    """Of some lines the one with most tokens per forward whose accuracy is at most `points` below the reference's."""
+    kept = [x for x in lines if x["correct"] >= reference["correct"] - points * reference["problems"] - 1e-9]
+    return max(kept, key=lambda x: x["tokens_per_forward"], default=None)
+
+
+def markdown(lines: list[dict[str, Any]]) -> str:
+    """Three tables: each rung's step, the fastest point of each rung that loses at most one point, and the Pareto front."""
+    by_rung: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        by_rung.setdefault(line["rung"], []).append(line)
+    x = lines[0]
+    text = [
+        _table([points[0] for points in by_rung.values()]),
+        "",
+        f"{x['problems']} held-out problems, gen_length {x['gen_length']}, block_length {x['block_length']}, {x['dtype']}, "
+        f"{x['batch']} problems a batch. Intervals are 95% (Wilson; normal of the mean). Forwards (NFE), refreshes and "
+        "positions (token instances) are means a problem. Tokens/s: one pass over all problems, compile time apart; "
+        f"{x['hardware']}, {x['threads']} threads, {x['allocator']} allocator, jax {x['jax']}, commit {x['commit']}; "
+        f"`{x['command']}`.",
+    ]
+    for rung, decoder in REFERENCES:
+        reference = next((p for p in by_rung.get(rung, []) if p["decoder"] == decoder), None)
+        if reference is not None:
+            text += ["", *_against(by_rung, reference)]
+    text += ["", "The Pareto front over all points, from the surest to the fastest:", "", _table(front(lines))]
+    return "\n".join(text)
+
+
+def _setting(x: dict[str, Any]) -> str:
+    return f"`{x['decoder']}` | {_plug(x['cache'])} | {_plug(x['smoothing'])}"
+
+
+def _plug(text: str) -> str:
+    return "" if text == "none" else f"`{text}`"
+
+
+def _table(lines: list[dict[str, Any]]) -> str:
+    rows = [
+        "| rung | decoder | cache | smoothing | accuracy | tokens/forward | forwards | refreshes | positions | tokens/s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for x in lines:
+        rows.append(
+            f"| {x['rung']} | {_setting(x)} | {x['accuracy']:.1%} ({x['accuracy_low']:.1%} to {x['accuracy_high']:.1%}) | "
+            f"{x['tokens_per_forward']:.2f} ({x['tokens_per_forward_low']:.2f} to {x['tokens_per_forward_high']:.2f}) | "
+            f"{x['forwards']:.1f} | {x['refreshes']:.1f} | {x['positions']:,.0f} | {x['tokens_per_second']:.0f} |"
+        )
+    return "\n".join(rows)
+
+
+def _against(by_rung: dict[str, list[dict[str, Any]]], reference: dict[str, Any]) -> list[str]:
+    name = f"{reference['rung']}, `{reference['decoder']}`"
+    text = [
+        f"The fastest point of each rung at most one point of accuracy below {name} ({reference['accuracy']:.1%}, "
+        f"{reference['tokens_per_forward']:.2f} tokens/forward):",
+        "",
+        "| rung | decoder | cache | smoothing | accuracy against it | tokens/forward against it |",
+        "|---|---|---|---|---|---|",
+    ]
+    for rung, points in by_rung.items():
+        x = fastest(points, reference)
+        if x is None:
+            text.append(f"| {rung} | none of {len(points)} | | | | |")
+            continue
+        gain, low, high = difference(x["correct_bits"], reference["correct_bits"], x["problems"])
+        ratio = x["tokens_per_forward"] / reference["tokens_per_forward"]
+        text.append(
+            f"| {rung} | {_setting(x)} | {100 * gain:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f}) | {ratio:.2f} times |"
+        )
+    return text
+
+
+def draw(lines: list[dict[str, Any]], file: Path) -> None:
+    """Accuracy against tokens per forward: a line a rung, its 95% intervals, and the Pareto front behind them."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise OptionError("djax bench ladder: the picture needs matplotlib; pip install 'djax[bench]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(10, 6.5), layout="constrained")
+    best = front(lines)
+    axes.step(
+        *zip(*((x["tokens_per_forward"], 100 * x["accuracy"]) for x in best), strict=True),
+        where="pre",
+        color="0.8",
+        linewidth=6,
+        zorder=0,
+        label="Pareto front",
+    )
+    names = list(dict.fromkeys(x["rung"] for x in lines))
+    colours = pyplot.get_cmap("tab20").colors
+    for i, name in enumerate(names):
+        points = sorted((x for x in lines if x["rung"] == name), key=lambda x: x["tokens_per_forward"])
+        at, accuracy = [x["tokens_per_forward"] for x in points], [100 * x["accuracy"] for x in points]
+        below = [100 * (x["accuracy"] - x["accuracy_low"]) for x in points]
+        above = [100 * (x["accuracy_high"] - x["accuracy"]) for x in points]
+        axes.errorbar(
+            *(at, accuracy),
+            yerr=(below, above),
+            marker="osD^v<>P"[i % 8],
+            markersize=5,
+            linewidth=1.2,
+            elinewidth=0.5,
+            color=colours[i % len(colours)],
+            label=name,
+        )
+    x = lines[0]
+    axes.set_xlabel("tokens per forward (mean over problems, up to EOS)")
+    axes.set_ylabel("accuracy, % (bars: 95% Wilson intervals)")
+    axes.set_title(f"{x['problems']} held-out problems, gen_length {x['gen_length']}, block_length {x['block_length']}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower left")
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    figure.savefig(partial, format="png", dpi=130)
+    pyplot.close(figure)
+    os.replace(partial, file)
+
+
+BEGIN, END = "<!-- djax bench ladder writes this -->", "<!-- end of ladder -->"
+
+
+def with_table(readme: str, lines: list[dict[str, Any]]) -> str:
+    """A README with what stands between its two marks made anew: the steps of the ladder and what they were measured on."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise OptionError(f"--readme: expected one line {BEGIN} and one line {END}")
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n{markdown(lines)}\n{END}{rest.split(END)[1]}"
+
+
+def finish(out: Path, readme: Path | None) -> str:
+    """ladder.md, ladder.png and the README's tables from ladder.jsonl. Returns the Markdown."""
+    lines = read(out / "ladder.jsonl")
+    text = markdown(lines)
+    _write(out / "ladder.md", text + "\n")
+    draw(lines, out / "ladder.png")
+    if readme is not None:
+        _write(readme, with_table(readme.read_text(), lines))
+    return text
+
+
+def _write(file: Path, text: str) -> None:
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    partial.write_text(text)
+    os.replace(partial, file)

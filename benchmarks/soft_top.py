@@ -1,0 +1,76 @@
+"""What the top-k form of smoothing changes: soft embeddings, answers and accuracy against the whole softmax.
+
+djax bench soft-top --out benchmarks/results
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from djax.benchmarks.circumstances import circumstances
+
+TOPS = (1, 2, 4, 8, 16, 32)
+
+
+def measure(model: Any, problems: list[Any], out: Path, note: Callable[[str], None]) -> list[dict[str, Any]]:
+    """One line a k: the error of the expected embedding where every generated position is masked (relative to its norm,
+    mean and worst), and the decode with it beside the decode with the whole softmax. Writes soft_top.jsonl."""
+    import djax
+    from djax.training.evaluate import difference, evaluate
+
+    def report(top: int | None) -> Any:
+        smoothing = djax.Smoothing(top=top)
+        return evaluate(model, problems, decoder=djax.Threshold(0.9), smoothing=smoothing, gen_length=128, block_length=32)
+
+    x, at = _first_forward(model, problems[:25])
+    whole, base = _expected(model, x, None)[at], report(None)
+    lines = []
+    for top in TOPS:
+        error = np.linalg.norm(_expected(model, x, top)[at] - whole, axis=-1) / np.linalg.norm(whole, axis=-1)
+        this = report(top)
+        gain, low, high = difference(this.correct_bits, base.correct_bits, this.problems)
+        lines.append(
+            {"top": top, "vocab": model.config.vocab, "error_mean": float(error.mean()), "error_max": float(error.max())}
+            | {"accuracy_difference": gain, "difference_low": low, "difference_high": high}
+            | {"whole": dataclasses.asdict(base)}
+            | dataclasses.asdict(this)
+            | circumstances()
+        )
+        note(
+            f"top {top}: embeddings differ by {error.mean():.3f} (worst {error.max():.3f}) of their norm; accuracy "
+            f"{this.accuracy:.1%} against {base.accuracy:.1%} ({100 * low:+.1f} to {100 * high:+.1f} points), tokens/forward "
+            f"{this.tokens_per_forward:.2f} against {base.tokens_per_forward:.2f}"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    partial = out / f".soft_top.jsonl.{os.getpid()}"
+    partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    os.replace(partial, out / "soft_top.jsonl")
+    return lines
+
+
+def _first_forward(model: Any, problems: list[Any]) -> tuple[jax.Array, np.ndarray]:
+    """The trunk's output `[B, L, D]` on canvases of prompt and masks, and which positions are masked, bool `[B, L]`."""
+    from djax import text
+
+    ids, _ = text.encode(model.tokenizer, [p.question for p in problems], model.config.vocab, model.config.mask_id)
+    length = max(map(len, ids)) + 128
+    tokens = np.full((len(ids), length), model.config.mask_id, np.int32)
+    valid = np.zeros(tokens.shape, bool)
+    for row, prompt in enumerate(ids):
+        tokens[row, : len(prompt)] = prompt
+        valid[row, : len(prompt) + 128] = True
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
+    embedded = model.family.embed(model.params, model.config, jnp.asarray(tokens))
+    x, _ = model.family.trunk(model.params, model.config, embedded, positions, jnp.asarray(valid))
+    return x, (tokens == model.config.mask_id) & valid
+
+
+def _expected(model: Any, x: jax.Array, top: int | None) -> np.ndarray:
+    return np.asarray(model.family.expected_embedding(model.params, model.config, x, top))

@@ -1,0 +1,162 @@
+"""What a decode would do, before anything compiles: what is legal, which forwards of which size, what stays in memory."""
+
+import dataclasses
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from djax.decoding.contract import Tick, draws
+from djax.generate import generate
+from djax.model import Model
+from djax.program import Request, reach
+from djax.request import Asked, carried_bytes, prepare
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """One forward of one row. whole: it runs the whole canvas, not a window. refresh: its keys and values are kept."""
+
+    whole: bool
+    refresh: bool
+    positions: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Canvas positions [start, end), how many of them are masks, and the forwards at the two ends of any decoder."""
+
+    start: int
+    end: int
+    masks: int
+    slowest: tuple[Forward, ...]
+    fastest: tuple[Forward, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """The decode of one prompt. facts: name and value, in the order they are printed. str() is the printed page.
+
+    Law: with `early_stop=False` the program runs exactly a block's `slowest` forwards where each accepts one token, and its
+    `fastest` where each accepts everything.
+    """
+
+    facts: dict[str, str]
+    blocks: tuple[Block, ...]
+
+    def __str__(self) -> str:
+        width = max(map(len, self.facts))
+        lines = [f"{name:{width}}  {value}" for name, value in self.facts.items()]
+        rows = [("block", "positions", "masks", "one token a forward", "everything at once")]
+        rows += [
+            (str(i), f"[{b.start}, {b.end})", str(b.masks), _counted(b.slowest), _counted(b.fastest))
+            for i, b in enumerate(self.blocks)
+        ]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        table = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, "", *table])
+
+
+def explain(model: Model, prompts: Any, **options: Any) -> Explanation | list[Explanation]:
+    """What `djax.generate(model, prompts, **options)` would do, one `Explanation` a prompt. Compiles and runs no model.
+
+    Takes the same options and raises the same errors.
+    """
+    defaults = inspect.signature(generate).parameters.values()
+    known = {p.name: p.default for p in defaults if p.kind is p.KEYWORD_ONLY}
+    if unknown := set(options) - set(known):
+        raise TypeError(f"explain() got unexpected options {sorted(unknown)}; those of djax.generate are {sorted(known)}")
+    asked = prepare(model, prompts, **(known | options))
+    out = [
+        Explanation(_facts(model, asked, ask, b), _blocks(model, asked, ask, b))
+        for ask in asked.asks
+        for b in range(len(ask.prompt))
+        if ask.total[b]
+    ]
+    return out[0] if asked.single else out
+
+
+def _facts(model: Model, asked: Asked, ask: Request, b: int) -> dict[str, str]:
+    decoder, policy, smoothing = asked.plugs
+    rows, length = ask.tokens.shape
+    before, after = reach(policy, length)
+    carried = carried_bytes(model, ask, asked.plugs, asked.block(ask))
+    prompt, total = int(ask.prompt[b]), int(ask.total[b])
+    has = {True: "yes", False: "no"}
+    return {
+        "model": repr(model),
+        "legal": f"cache: {has[hasattr(model.family, 'empty_cache')]}; smoothing: "
+        f"{has[hasattr(model.family, 'expected_embedding')]}; gen_length: up to {model.config.max_positions - prompt} after "
+        f"this prompt; before and after of a cache's window: up to {total}",
+        "decoder": repr(decoder) + (" (draws from the seed)" if draws(decoder) else ""),
+        "cache": f"{policy}, windows of {before} + {asked.block(ask)} + {after} positions" if policy.keeps else "None",
+        "smoothing": repr(smoothing),
+        "canvas": f"{prompt} of the prompt + {total - prompt} = {total} positions, in a program for {rows} rows of {length}",
+        "free to change": f"prompts and lengths up to {length} positions together, seeds, early_stop, {_leaves(asked)}",
+        "compiles anew": "what is not listed above: another number of rows, block_length, kind of plug or static number",
+        "memory": f"parameters {_size(model.parameter_bytes)}, " + ", ".join(f"{n} {_size(s)}" for n, s in carried.items()),
+    }
+
+
+def _leaves(asked: Asked) -> str:
+    """The numbers of the plugs that are traced."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(dict(zip(("decoder", "cache", "smoothing"), asked.plugs, strict=True)))
+    named = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
+    return ", ".join(named) or "and no number of the plugs"
+
+
+def _blocks(model: Model, asked: Asked, ask: Request, b: int) -> tuple[Block, ...]:
+    slowest, fastest = (_schedule(asked, ask, b, pace) for pace in (1, asked.block_length))
+    prompt, total, start, block = int(ask.prompt[b]), int(ask.total[b]), int(ask.start[b]), asked.block(ask)
+    starts = range(start, total, block)
+    ends = [min(s + block, total) for s in starts]
+    return tuple(
+        Block(s, e, e - max(s, prompt), tuple(slow), tuple(fast))
+        for s, e, slow, fast in zip(starts, ends, slowest, fastest, strict=True)
+    )
+
+
+def _schedule(asked: Asked, ask: Request, b: int, pace: int) -> list[list[Forward]]:
+    """The forwards of each block if each accepts `pace` tokens: the turns of the program, for one row, without a model."""
+    _, policy, smoothing = asked.plugs
+    prompt, total, start, block = int(ask.prompt[b]), int(ask.total[b]), int(ask.start[b]), asked.block(ask)
+    before, after = reach(policy, ask.tokens.shape[1])
+    turns = forwards = index = 0
+    cached = -1
+    out = []
+    for index, s in enumerate(range(start, total, block)):
+        end = min(s + block, total)
+        masks, mine = end - max(s, prompt), []
+        while masks > 0:
+            plan = policy.plan(_tick(turns if smoothing is None else forwards, forwards, index, len(mine)), jnp.array([cached]))
+            full, refresh, window = (bool(x[0]) for x in plan)
+            if full:
+                mine.append(Forward(True, refresh, total))
+            if window:
+                mine.append(Forward(False, False, min(s + block + after, total) - max(s - before, 0)))
+            cached = index if refresh else cached
+            masks -= pace * (full + window)
+            forwards, turns = forwards + full + window, turns + 1
+        out.append(mine)
+    return out
+
+
+def _tick(iteration: int, forward: int, block: int, call: int) -> Tick:
+    counters = (np.array([n], np.int32) for n in (iteration, forward, block, call))
+    return Tick(*map(jnp.asarray, counters), jnp.zeros(1), jnp.int32(0), jnp.float32(0))
+
+
+def _counted(forwards: tuple[Forward, ...]) -> str:
+    """`1 refresh of 198, 31 windows of 64`."""
+    kinds: dict[tuple[str, int], int] = {}
+    for f in forwards:
+        kind = "refresh" if f.refresh else "whole canvas" if f.whole else "window"
+        kinds[kind, f.positions] = kinds.get((kind, f.positions), 0) + 1
+    many = {"refresh": "refreshes", "window": "windows", "whole canvas": "whole canvases"}
+    return ", ".join(f"{n} {many[kind] if n > 1 else kind} of {positions}" for (kind, positions), n in kinds.items())
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
