@@ -15,8 +15,11 @@ from djax.errors import (
     TripCapError,
     UnsupportedModelError,
 )
+from djax.explain import explain
 from djax.generate import Generation, Timing, generate
 from djax.model import Model, logits
+from djax.presets import preset
+from djax.pytree import pytree
 from djax.smoothing import Smoothing
 from djax.trace import Trace
 
@@ -45,10 +48,13 @@ __all__ = [
     "UnsupportedModelError",
     "Vicinity",
     "compile_cache",
+    "explain",
     "export_hf",
     "generate",
     "load",
     "logits",
+    "preset",
+    "pytree",
     "save",
 ]
 __version__ = "0.1.0"

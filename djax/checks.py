@@ -84,8 +84,7 @@ def plug(value: Any, name: str, methods: tuple[str, ...], there_are: str) -> Non
         raise OptionError(f"{name}: expected one of {there_are}, got {value!r}")
     if any(leaf is value for leaf in jax.tree.leaves(value)):
         raise OptionError(
-            f"{name}: {type(value).__name__} has the methods but is no pytree; "
-            "decorate the class with jax.tree_util.register_dataclass"
+            f"{name}: {type(value).__name__} has the methods but is no pytree; decorate the class with djax.pytree"
         )
 
 

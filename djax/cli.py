@@ -1,7 +1,10 @@
 """The `djax` command. Each subcommand is a dataclass whose fields are its options and whose `run` does the work."""
 
+import argparse
+import contextvars
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, arg, subcommand
 
 from djax.errors import DjaxError, OptionError, PromptError
 
@@ -20,14 +23,20 @@ from djax.errors import DjaxError, OptionError, PromptError
 class Decoding:
     """How an answer is decoded; the same names and defaults as `djax.generate`."""
 
+    preset: str | None = None
+    """A published way to decode, whose values then are the defaults of the options below (with --help: shown there): llada,
+    fast_dllm_prefix, fast_dllm_dual, dinfer_vicinity, dinfer_credit or dinfer_hierarchy."""
     gen_length: int = 128
     """Tokens of canvas after the prompt. The answer ends at the first end-of-text token."""
+    min_gen_length: int = 0
+    """Tokens an answer has at least."""
     block_length: int = 32
     """Blocks are filled one after another, each of this many positions."""
     decoder: str = "Threshold(0.9)"
     """Which tokens a forward accepts: 'Threshold(tau)' takes all whose confidence reaches tau (above 1: one token a
-    forward), 'Fixed(per_step)' the surest few, 'Hierarchy(high, low)' the surest of each stretch of masks, 'Factor(f)' as
-    many as are jointly sure, 'Entropy(theta)' the sharpest; 'Credit(Threshold(0.8))' trusts tokens proposed before."""
+    forward), 'Fixed(per_step)' the surest few, 'Fixed(steps=8)' a block in so many forwards, 'Hierarchy(high, low)' the
+    surest of each stretch of masks, 'Factor(f)' as many as are jointly sure, 'Entropy(theta)' the sharpest;
+    'Credit(Threshold(0.8))' trusts tokens proposed before."""
     cache: str = "none"
     """What a forward runs: 'none' (the whole canvas), 'Prefix(every=None)' (from the block on), 'Dual(every=None)' (the
     block), or 'Vicinity(before=16, after=16, warmup=4, every=None)' (the block and its neighbours)."""
@@ -42,18 +51,35 @@ class Decoding:
     align_blocks: bool = True
     """Block borders at multiples of the block length (dInfer's start_block_align) rather than from the prompt's end."""
 
+    @classmethod
+    def of(cls, name: str | None) -> "Decoding":
+        """The defaults; with a name, those of a preset."""
+        from djax.presets import preset
+
+        chosen = preset(name) if name is not None else {}
+        text = ("decoder", "cache", "smoothing")
+        return cls(name, **{k: repr(v) if k in text else v for k, v in chosen.items()})
+
     def options(self) -> dict[str, Any]:
+        """What to pass to `djax.generate`."""
         from djax.caching import CACHES
         from djax.decoding import DECODERS
         from djax.plugs import parse
-        from djax.smoothing import Smoothing
+        from djax.smoothing import SMOOTHINGS
 
-        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(Decoding)}
-        options["decoder"] = parse(self.decoder, DECODERS, "--decoder")
-        options["cache"] = parse(self.cache, CACHES, "--cache")
-        smoothing = {"none": type(None), "smoothing": Smoothing}
-        options["smoothing"] = parse(self.smoothing, smoothing, "--smoothing")
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(Decoding) if f.name != "preset"}
+        for name, registry in (("decoder", DECODERS), ("cache", CACHES), ("smoothing", SMOOTHINGS)):
+            options[name] = parse(options[name], registry, f"--{name}")
         return options
+
+
+# What a command's decoding options start from while its arguments are read.
+START: contextvars.ContextVar[Decoding] = contextvars.ContextVar("START")
+DecodingOptions = Annotated[Decoding, arg(name="")]
+
+
+def start() -> Decoding:
+    return START.get(Decoding())
 
 
 Checkpoint = Annotated[str | None, arg(metavar="DIR")]
@@ -80,17 +106,26 @@ class Generate:
     """A checkpoint directory, HF's or one that `djax convert` wrote."""
     dtype: str | None = None
     """float32 or bfloat16 for the parameters; by default the checkpoint's own."""
-    decoding: Annotated[Decoding, arg(name="")] = dataclasses.field(default_factory=Decoding)
+    decoding: DecodingOptions = dataclasses.field(default_factory=start)
     max_batch: int | None = None
     """At most this many questions at once. Changes no answer."""
+    show: bool = False
+    """Replay the decode in the terminal, each token coloured by the forward that accepted it."""
+    html: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Write the decode as a page to step through, one file that needs no network."""
     json: bool = False
     """Print one JSON object a question instead of text."""
     compile_cache: bool = True
     """Keep compiled programs in the user's cache directory, so that the next run starts at once."""
 
     def run(self, console: Console) -> None:
+        from djax.pictures import frames, page, terminal
+
         prompts = self._prompts()
         options = self.decoding.options()
+        drawn = self.show or self.html is not None
+        if self.html is not None:
+            page.check(self.html)
         with working(console, "loading"):
             import djax
 
@@ -98,13 +133,20 @@ class Generate:
                 djax.compile_cache(None)
             model = djax.load(self.model, dtype=self.dtype)
         with working(console, "compiling and decoding"):
-            answers = djax.generate(model, prompts, max_batch=self.max_batch, **options)
+            answers = djax.generate(model, prompts, max_batch=self.max_batch, trace=drawn, **options)
         answers = answers if isinstance(answers, list) else [answers]
+        replays = [frames.replay(answer, model.tokenizer) for answer in answers] if drawn else []
+        if self.show:
+            # What --json prints is for programs, so the picture goes beside it.
+            terminal.show(replays, console if self.json else Console())
         if self.json:
             print("\n".join(json.dumps(as_json(answer)) for answer in answers))
         else:
             print("\n\n".join(answer.text for answer in answers), end="\n\n")
             print(figures(answers))
+        if self.html is not None:
+            questions = prompts if isinstance(prompts, list) else [prompts]
+            page.write(self.html, replays, [page.facts(q, a, options) for q, a in zip(questions, answers, strict=True)])
 
     def _prompts(self) -> str | list[str]:
         if (self.question is None) == (self.file is None):
@@ -130,6 +172,35 @@ class Generate:
             return read().decode()
         except (OSError, UnicodeDecodeError) as error:
             raise PromptError(f"the question cannot be read as UTF-8 text: {error}") from error
+
+
+@dataclasses.dataclass
+class Explain:
+    """Say what a decode would do: what is legal, the forwards of each block, what is kept in memory. Compiles nothing.
+
+    djax explain --decoder "Credit(Threshold(0.8))" --cache "Vicinity(16, 16)"
+    """
+
+    question: Positional[str | None] = None
+    """A question; without it, a prompt of --prompt-length tokens stands for one."""
+    prompt_length: int | None = None
+    """Tokens of the prompt, where no question is given (default: 64)."""
+    model: Checkpoint = None
+    """A checkpoint directory; without it, the small model that ships with djax."""
+    decoding: DecodingOptions = dataclasses.field(default_factory=start)
+
+    def run(self, console: Console) -> None:
+        options = self.decoding.options()
+        with working(console, "loading"):
+            import djax
+            from djax.checks import whole_number
+
+            if self.question is not None and self.prompt_length is not None:
+                raise OptionError("--prompt-length: expected without a question, whose length is its own")
+            model = djax.load(self.model)
+        length = whole_number(64 if self.prompt_length is None else self.prompt_length, "--prompt-length", at_least=1)
+        token = next(t for t in range(3) if t not in (model.config.mask_id, model.config.eos_id))
+        print(djax.explain(model, [token] * length if self.question is None else self.question, **options))
 
 
 @dataclasses.dataclass
@@ -216,7 +287,7 @@ class Evaluate:
     """Another seed draws other held-out problems."""
     batch: int = 25
     """Problems decoded together. Changes no answer."""
-    decoding: Annotated[Decoding, arg(name="")] = dataclasses.field(default_factory=Decoding)
+    decoding: DecodingOptions = dataclasses.field(default_factory=start)
 
     def run(self, console: Console) -> None:
         from rich.progress import Progress
@@ -237,6 +308,81 @@ class Evaluate:
             )
         shown = {name: repr(value) if name in ("decoder", "cache", "smoothing") else value for name, value in options.items()}
         print(json.dumps({"model": repr(model), **shown, **dataclasses.asdict(report)}))
+
+
+@dataclasses.dataclass
+class Ladder:
+    """Answer held-out problems with every decoder, cache and smoothing: accuracy against tokens per forward.
+
+    djax bench ladder --out benchmarks/results --readme README.md
+
+    Writes ladder.jsonl (a line a point), ladder.md and ladder.png. On two cores the 500 problems take over an hour.
+    """
+
+    out: Annotated[Path, arg(metavar="DIR")]
+    """Where the results go."""
+    problems: int = 500
+    """How many problems; the same ones for the same number."""
+    model: Checkpoint = None
+    """A checkpoint directory; without it, the small model that ships with djax."""
+    resume: bool = False
+    """Go on with the points that DIR lacks."""
+    draw: bool = False
+    """Measure nothing, only make the tables and the picture anew from DIR's ladder.jsonl."""
+    readme: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Also write the tables into this Markdown file, between its two marks."""
+
+    def run(self, console: Console) -> None:
+        from djax.benchmarks import ladder
+
+        if self.draw and not (self.out / "ladder.jsonl").is_file():
+            raise OptionError(f"--draw: {self.out / 'ladder.jsonl'} does not exist; measure first")
+        if not self.draw:
+            model, problems = _model_and_problems(self.model, self.problems)
+            ladder.measure(model, problems, self.out, resume=self.resume, note=_note(console))
+        print(ladder.finish(self.out, self.readme))
+
+
+@dataclasses.dataclass
+class SoftTop:
+    """Measure what smoothing with only the likeliest tokens changes, against the whole softmax."""
+
+    out: Annotated[Path, arg(metavar="DIR")]
+    """Where soft_top.jsonl goes."""
+    problems: int = 500
+    """How many problems; the same ones for the same number."""
+    model: Checkpoint = None
+    """A checkpoint directory; without it, the small model that ships with djax."""
+
+    def run(self, console: Console) -> None:
+        from djax.benchmarks import soft_top
+
+        model, problems = _model_and_problems(self.model, self.problems)
+        for line in soft_top.measure(model, problems, self.out, _note(console)):
+            print(json.dumps(line))
+
+
+@dataclasses.dataclass
+class Bench:
+    """Measure again what the README says."""
+
+    of: Annotated[Annotated[Ladder, subcommand("ladder")] | Annotated[SoftTop, subcommand("soft-top")], arg(name="")]
+
+    def run(self, console: Console) -> None:
+        self.of.run(console)
+
+
+def _model_and_problems(path: str | None, count: int) -> tuple[Any, list[Any]]:
+    import djax
+    from djax.checks import whole_number
+    from djax.training.problems import held_out
+
+    problems = held_out(whole_number(count, "--problems", at_least=1))
+    return djax.load(path), problems
+
+
+def _note(console: Console) -> Callable[[str], None]:
+    return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def figures(answers: list[Any]) -> str:
@@ -277,15 +423,43 @@ def working(console: Console, what: str) -> Iterator[None]:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exits with 2 and one line on standard error for anything a user can mend."""
     console = Console(stderr=True)
-    commands = {"generate": Generate, "info": Info, "convert": Convert, "train": Train, "evaluate": Evaluate}
-    command = tyro.extras.subcommand_cli_from_dict(
-        commands, prog="djax", description="A JAX engine for diffusion language models.", args=arguments
-    )
+    commands = {
+        "generate": Generate,
+        "explain": Explain,
+        "info": Info,
+        "convert": Convert,
+        "train": Train,
+        "evaluate": Evaluate,
+        "bench": Bench,
+    }
+
+    def read() -> Any:
+        return tyro.extras.subcommand_cli_from_dict(
+            commands, prog="djax", description="A JAX engine for diffusion language models.", args=arguments
+        )
+
     try:
-        command.run(console)
+        arguments = sys.argv[1:] if arguments is None else arguments
+        name = _preset(arguments)
+        if name is not None:
+            START.set(Decoding.of(name))
+        read().run(console)
     except DjaxError as error:
         console.print(f"djax: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read the output has enough; what is still buffered goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def _preset(arguments: list[str]) -> str | None:
+    """The preset that the arguments name, read before the others: they start from its values."""
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    reader.add_argument("--preset")
+    return reader.parse_known_args(arguments)[0].preset
 
 
 if __name__ == "__main__":

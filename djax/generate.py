@@ -16,6 +16,7 @@ from djax.decoding.contract import Decoder
 from djax.errors import TripCapError
 from djax.model import Model, exact_products
 from djax.program import Request, Rows, decode
+from djax.pytree import classes
 from djax.request import Asked, does_not_fit, prepare
 from djax.smoothing import Smoothing
 from djax.trace import Trace
@@ -36,6 +37,7 @@ class Generation:
     text:      the decoded tokens; None if the model has no tokenizer.
     tokens:    int32 `[n]`, generated ids up to, not including, the first EOS. Prompt tokens never count.
     canvas:    int32 `[P + gen_length]`, the sequence as the program left it; after an early stop the rest is EOS.
+    prompt_length: P, where the generated part of the canvas begins.
     forwards:  network forwards this row took part in, window and whole-canvas alike.
     refreshes: how many of them refilled the cache.
     positions: canvas positions those forwards ran, all together (token instances): what a forward costs, where the cost
@@ -46,6 +48,7 @@ class Generation:
     text: str | None
     tokens: np.ndarray
     canvas: np.ndarray
+    prompt_length: int
     forwards: int
     refreshes: int
     positions: int
@@ -122,7 +125,14 @@ _MOST_PROGRAMS = 64
 
 def compiled(model: Model, asked: Asked, ask: Request) -> tuple[Any, float]:
     """The compiled decode of one request, and the seconds it took to get it: 0 if this process had it already."""
-    statics = dict(family=model.family, config=model.config, block=asked.block(ask), sampled=asked.sampled, traced=asked.traced)
+    statics = dict(
+        family=model.family,
+        config=model.config,
+        classes=tuple(map(classes, asked.plugs)),
+        block=asked.block(ask),
+        sampled=asked.sampled,
+        traced=asked.traced,
+    )
     leaves, tree = jax.tree.flatten((model.params, ask, asked.plugs))
     kinds = tuple((np.shape(a), getattr(a, "dtype", type(a)), getattr(a, "sharding", None)) for a in leaves)
     key = (tree, kinds, *statics.values())
@@ -171,6 +181,7 @@ def _generation(model: Model, rows: Rows, ask: Request, b: int, timing: Timing) 
         text=None if rows.active[b] else text.decode(model.tokenizer, answer),
         tokens=answer,
         canvas=canvas,
+        prompt_length=int(ask.prompt[b]),
         forwards=int(rows.forwards[b]),
         refreshes=int(rows.refreshes[b]),
         positions=int(rows.positions[b]),

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from djax.checks import integer, number
+from djax.pytree import pytree
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Smoothing:
     """After each forward t of a row, a position it covered and left masked gets E[mask] + w_t * (softmax(logits) @ E).

@@ -11,8 +11,11 @@ from conftest import GOLDENS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from djax.caching import CACHES
 from djax.decoding import DECODERS, Credit, Entropy, Factor, Fixed, Hierarchy, Threshold
 from djax.decoding.contract import Tick
+from djax.pytree import classes
+from djax.smoothing import Smoothing
 
 ROWS, BLOCK, VOCAB, MASK = 3, 8, 11, 9
 # A plug of every kind, at both ends of its numbers. A decoder that is in the registry but not here fails the test.
@@ -285,3 +288,13 @@ def test_gumbel_noise_draws_from_the_tempered_softmax():
     _, tokens, _ = plug.step((), jnp.tile(jnp.asarray(logits), (1, count, 1)), jnp.ones((1, count), bool), where, key)
     seen = np.bincount(np.asarray(tokens)[0], minlength=4) / count
     np.testing.assert_allclose(seen, softmax(logits / temperature), atol=0.03)
+
+
+def test_no_two_kinds_of_plug_have_one_structure():
+    """jax caches programs by structure; with equal ones a program is now and then taken for another (djax.pytree)."""
+    plugs = [kind() for kind in (*DECODERS.values(), *CACHES.values(), Smoothing)]
+    plugs += [Credit(kind()) for kind in DECODERS.values() if kind not in (Credit, Threshold)]  # Credit() holds a Threshold
+    structures = [jax.tree.structure(plug) for plug in plugs]
+    for (one, a), (other, b) in itertools.combinations(zip(plugs, structures, strict=True), 2):
+        assert a != b, (one, other)
+        assert classes(one) != classes(other)

@@ -10,12 +10,13 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "djax/errors.py": (),
     "djax/checks.py": ("errors",),
+    "djax/pytree.py": (),
     "djax/compilation.py": ("errors",),
     "djax/text.py": ("errors",),
     "djax/models": ("errors", "models"),
-    "djax/decoding": ("errors", "checks", "decoding"),
-    "djax/caching": ("checks", "caching", "decoding.contract"),
-    "djax/smoothing.py": ("checks",),
+    "djax/decoding": ("errors", "checks", "pytree", "decoding"),
+    "djax/caching": ("checks", "pytree", "caching", "decoding.contract"),
+    "djax/smoothing.py": ("checks", "pytree"),
     "djax/trace.py": (),
     "djax/plugs.py": ("errors",),
     "convert": ("errors", "convert"),
@@ -27,9 +28,12 @@ ALLOWED = {
         *("caching", "decoding", "smoothing"),
     ),
     "djax/generate.py": (
-        *("errors", "text", "compilation", "model", "program", "request"),
+        *("errors", "text", "compilation", "pytree", "model", "program", "request"),
         *("caching.contract", "decoding", "smoothing", "trace"),
     ),
+    "djax/explain.py": ("decoding.contract", "generate", "model", "program", "request"),
+    "djax/presets.py": ("errors", "configs"),
+    "djax/pictures": ("errors", "pictures"),
     "djax/training": (*("errors", "compilation", "text", "models", "model", "checkpoint", "generate", "training"),),
 }
 

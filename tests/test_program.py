@@ -246,7 +246,7 @@ def test_lowered_for_a_gpu_the_experts_are_dense_products(moe_a):
     """The back end follows the platform the program is lowered for, not the machine it is lowered on: on a GPU a window
     step runs no loop over expert tiles. What is left are the decode, its refreshes and its window."""
     ask = asking(moe_a, prompts(0)[:2]).asks[0]
-    statics = dict(family=moe_a.family, config=moe_a.config, block=16, sampled=False, traced=False)
+    statics = dict(family=moe_a.family, config=moe_a.config, classes=(), block=16, sampled=False, traced=False)
     made = decode.trace(moe_a.params, ask, djax.Threshold(), djax.Vicinity(4, 4), None, **statics)
     loops = {p: made.lower(lowering_platforms=(p,)).as_text().count("stablehlo.while") for p in ("cuda", "cpu")}
     assert loops == {"cuda": 3, "cpu": 3 + 2 * moe_a.config.layers}
@@ -262,7 +262,7 @@ def test_a_window_step_copies_no_cache(moe_a):
     assert not re.findall(rf"= {re.escape(shape)}\S* copy\(", body)
 
 
-@jax.tree_util.register_dataclass
+@djax.pytree
 @dataclasses.dataclass(frozen=True)
 class Stubborn:
     """Breaks the law of progress."""

@@ -2,7 +2,7 @@
 
 The cache holds keys and values of the whole canvas and is read-only between refreshes. A turn of a row is an optional
 forward over the whole canvas (which also decodes, and may refill the cache), then an optional forward over a window
-around the block, against the cache. A policy is a frozen dataclass registered as a pytree, with
+around the block, against the cache. A policy is a frozen dataclass, a `djax.pytree`, with
 
     keeps             static: is there a cache at all? If not, `plan` never asks for a window.
     reach()           static: how many positions before and after the block the window covers (cut to the canvas)

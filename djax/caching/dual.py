@@ -8,9 +8,10 @@ import jax
 from djax.caching.contract import Plan, on_entry
 from djax.checks import flag, integer
 from djax.decoding.contract import Tick
+from djax.pytree import pytree
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Dual:
     """Refresh on entering a block, and every `every` turns if given; run the block's window in every turn.

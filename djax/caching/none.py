@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from djax.caching.contract import Plan
 from djax.decoding.contract import Tick
+from djax.pytree import pytree
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Uncached:
     """Exact, and the reference the caches approximate. `cache=None` means this."""

@@ -8,9 +8,10 @@ import jax
 from djax.caching.contract import TO_THE_END, Plan, on_entry
 from djax.checks import flag, integer
 from djax.decoding.contract import Tick
+from djax.pytree import pytree
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Prefix:
     """Refresh on entering a block, and every `every` turns if given; run from the block to the canvas' end in every turn.

@@ -8,9 +8,10 @@ import jax
 from djax.caching.contract import Plan
 from djax.checks import integer
 from djax.decoding.contract import Tick
+from djax.pytree import pytree
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Vicinity:
     """Run `[start - before, end + after)` of each block, cut to the canvas; the first `warmup` forwards run everything.

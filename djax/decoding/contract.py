@@ -1,6 +1,6 @@
 """The contract every decoder keeps, and the candidate rule they share.
 
-A decoder is a frozen dataclass registered as a pytree. Its numbers are leaves (a sweep over them compiles once); what
+A decoder is a frozen dataclass, a `djax.pytree`. Its numbers are leaves (a sweep over them compiles once); what
 sets a shape is a static field. It has two pure methods:
 
     init(rows, block, vocab) -> state                        any pytree, every leaf with leading axis `rows`

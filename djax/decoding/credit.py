@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from djax.checks import number, plug
 from djax.decoding.contract import Decoder, Tick, draws, probability
 from djax.decoding.threshold import Threshold
+from djax.pytree import pytree
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Credit:
     """Add credit to the logits of tokens that were top before, then let `inner` decide (arXiv 2510.06133; dInfer).

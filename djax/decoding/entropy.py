@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from djax.checks import number
 from djax.decoding.contract import Tick, candidates, first_best
+from djax.pytree import pytree
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Entropy:
     """Accept each candidate whose entropy, in nats, is at most theta, and always the row's lowest (dParallel, 2509.26488).

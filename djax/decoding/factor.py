@@ -7,9 +7,10 @@ import jax
 
 from djax.checks import number
 from djax.decoding.contract import Tick, by_confidence, candidates
+from djax.pytree import pytree
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Factor:
     """Accept the n surest candidates, n the largest with (n + 1) * (1 - c_n) < f, and at least one (Fast-dLLM, 2505.22618).

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from djax.checks import integer, one_of
 from djax.decoding.contract import Tick, by_confidence, candidates
 from djax.errors import OptionError
+from djax.pytree import pytree
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Fixed:
     """Accept the `per_step` surest candidates, or spread each block's masks over `steps` forwards (LLaDA, arXiv 2502.09992).

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from djax.checks import number
 from djax.decoding.contract import Tick, candidates, first_best
 from djax.errors import OptionError
+from djax.pytree import pytree
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Hierarchy:
     """Accept the best of each run of neighbouring masks if it exceeds low, any candidate that exceeds high, and the row's best.

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from djax.checks import number
 from djax.decoding.contract import Tick, candidates, first_best
+from djax.pytree import pytree
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Threshold:
     """Accept each candidate whose confidence reaches tau, and always the row's best (Fast-dLLM, arXiv 2505.22618; dInfer).

@@ -87,24 +87,17 @@ class Replay:
         return dict(zip(left.tolist(), self.proposals[step - 1, left - block.start].tolist(), strict=True))
 
 
-def replay(generation: Any, prompt: int, tokenizer: Any) -> Replay:
+def replay(generation: Any, tokenizer: Any) -> Replay:
     """The replay of a `djax.Generation` that was made with `trace=True`.
 
-    prompt:    how many tokens of its canvas are the prompt: `len(canvas) - gen_length`.
     tokenizer: the model's; None shows ids.
 
     Law: the frames are the trace's: a position is masked at every step before `accepted_at`, and the last frame is the
-    canvas. Raises `OptionError` for a generation without a trace, or a prompt length that its trace contradicts.
+    canvas. Raises `OptionError` for a generation without a trace.
     """
     trace, canvas = generation.trace, generation.canvas
     if trace is None:
         raise OptionError("trace: expected a generation with a record of its forwards, got none; decode with trace=True")
-    if not 0 <= prompt < len(canvas) or np.any(trace.accepted_at[:prompt] >= 0):
-        first = int(np.argmax(trace.accepted_at >= 0))
-        raise OptionError(
-            f"prompt: expected the prompt's length on this canvas of {len(canvas)}, at most {first}, got {prompt}; "
-            "len(canvas) - gen_length is it"
-        )
     counts = np.bincount(trace.accepted_at[trace.accepted_at >= 0], minlength=len(trace.starts))
     ends = np.minimum(trace.starts + trace.proposals.shape[1], len(canvas))
     columns = trace.starts, ends, trace.whole, counts, np.cumsum(counts)
@@ -112,7 +105,7 @@ def replay(generation: Any, prompt: int, tokenizer: Any) -> Replay:
     special = frozenset(() if tokenizer is None else tokenizer.all_special_ids)
     ids = np.union1d(canvas, trace.proposals).tolist()
     return Replay(
-        prompt=prompt,
+        prompt=generation.prompt_length,
         tokens=canvas,
         accepted_at=trace.accepted_at + 1,
         confidence=trace.confidence,

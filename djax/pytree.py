@@ -1,0 +1,40 @@
+"""How a plug becomes something that jax traces."""
+
+import dataclasses
+from typing import Any, TypeVar
+
+import jax
+
+T = TypeVar("T", bound=type)
+
+
+def pytree(cls: T) -> T:
+    """Make a frozen dataclass a pytree: its fields are leaves, those with `metadata={"static": True}` set shapes.
+
+    Law: structures of different classes are never equal. With `jax.tree_util.register_dataclass` they are, where number of
+    leaves and static values agree (jax 0.10.2): then `jit`, whose caches go by that equality, now and then runs the
+    program of another class, a threshold's for a hierarchy, and nothing tells.
+    """
+    leaves, static = [], []
+    for field in dataclasses.fields(cls):
+        (static if field.metadata.get("static") else leaves).append(field.name)
+
+    def flatten(plug: Any) -> tuple[tuple, tuple]:
+        return tuple(getattr(plug, n) for n in leaves), tuple(getattr(plug, n) for n in static)
+
+    def flatten_with_keys(plug: Any) -> tuple[tuple, tuple]:
+        values, rest = flatten(plug)
+        return tuple(zip(map(jax.tree_util.GetAttrKey, leaves), values, strict=True)), rest
+
+    def unflatten(rest: tuple, values: tuple) -> Any:
+        return cls(**dict(zip(leaves, values, strict=True)), **dict(zip(static, rest, strict=True)))
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
+
+
+def classes(tree: Any) -> tuple:
+    """The classes in a plug and in the plugs it holds: static to a program, so that plugs of a user's own, however they
+    were registered, are never taken for one another."""
+    fields = dataclasses.fields(tree) if dataclasses.is_dataclass(tree) else ()
+    return type(tree), *(classes(getattr(tree, f.name)) for f in fields)
