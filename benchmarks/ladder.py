@@ -18,7 +18,7 @@ from djax.benchmarks.circumstances import circumstances
 from djax.errors import OptionError
 from djax.training.evaluate import difference
 
-GEN_LENGTH, BLOCK_LENGTH, BATCH = 128, 32, 25
+GEN_LENGTH, BATCH = 128, 25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,31 +29,47 @@ class Rung:
     decoders: tuple[str, ...]
     cache: str = "none"
     smoothing: str = "none"
+    block_length: int = 32
 
 
-TAUS = (0.9, 0.8, 0.97, 0.99, 0.997, 0.999)
-THRESHOLDS = tuple(f"Threshold({tau})" for tau in TAUS)
-CREDITS = tuple(f"Credit(Threshold({tau}))" for tau in TAUS)
-RUNS = ((0.92, 0.62), (0.9, 0.4), (0.97, 0.9), (0.99, 0.97), (0.997, 0.99), (0.999, 0.997))
-HIERARCHIES = tuple(f"Hierarchy({high}, {low})" for high, low in RUNS)
+def thresholds(*taus: float) -> tuple[str, ...]:
+    return tuple(f"Threshold({tau})" for tau in taus)
+
+
+def credit(*taus: float, alpha: float | None = None) -> tuple[str, ...]:
+    return tuple(f"Credit({inner}{'' if alpha is None else f', alpha={alpha}'})" for inner in thresholds(*taus))
+
+
+def hierarchies(*pairs: tuple[float, float]) -> tuple[str, ...]:
+    return tuple(f"Hierarchy({high}, {low})" for high, low in pairs)
+
+
 DUAL, VICINITY, SMOOTHING = "Dual()", "Vicinity(16, 16, warmup=4)", "Smoothing()"
+PAIRS = ((0.92, 0.62), (0.97, 0.9), (0.99, 0.97), (0.997, 0.99))
 RUNGS = (
-    Rung("one token a forward", ("Fixed(1)",)),
-    Rung("threshold", THRESHOLDS),
-    Rung("threshold + dual", THRESHOLDS, DUAL),
-    Rung("threshold + vicinity", THRESHOLDS, VICINITY),
-    Rung("credit", CREDITS),
-    Rung("credit + vicinity", CREDITS, VICINITY),
-    Rung("smoothing", THRESHOLDS, "none", SMOOTHING),
-    Rung("smoothing + vicinity", THRESHOLDS, VICINITY, SMOOTHING),
-    Rung("credit + smoothing", CREDITS, "none", SMOOTHING),
-    Rung("hierarchy", HIERARCHIES),
-    Rung("hierarchy + vicinity", HIERARCHIES, VICINITY),
-    Rung("hierarchy + smoothing", HIERARCHIES, "none", SMOOTHING),
-    Rung("hierarchy + smoothing + vicinity", HIERARCHIES, VICINITY, SMOOTHING),
-    Rung("factor", tuple(f"Factor({f})" for f in (1.0, 0.3, 0.1, 0.03, 0.01))),
-    Rung("entropy", tuple(f"Entropy({theta})" for theta in (0.45, 0.1, 0.03, 0.01))),
+    Rung("threshold", thresholds(0.9, 0.8, 0.97, 0.99, 0.997)),
+    Rung("threshold + prefix", thresholds(0.9, 0.99), "Prefix()"),
+    Rung("threshold + dual", thresholds(0.9, 0.97, 0.99), DUAL),
+    Rung("threshold + vicinity", thresholds(0.9, 0.97, 0.99), VICINITY),
+    Rung("credit", credit(0.9, 0.8, 0.97, 0.99, 0.997)),
+    Rung("credit, alpha 2", credit(0.9, 0.99, 0.999, alpha=2.0)),
+    Rung("credit + vicinity", credit(0.9, 0.99, 0.997), VICINITY),
+    Rung("smoothing", thresholds(0.9, 0.8, 0.97, 0.99), "none", SMOOTHING),
+    Rung("smoothing, no ramp", thresholds(0.9, 0.97, 0.99), "none", "Smoothing(threshold_decay=1000)"),
+    Rung("smoothing + vicinity", thresholds(0.8, 0.9, 0.97), VICINITY, SMOOTHING),
+    Rung("credit + smoothing", credit(0.9, 0.97, 0.99), "none", SMOOTHING),
+    Rung("hierarchy", hierarchies(*PAIRS)),
+    Rung("hierarchy + vicinity", hierarchies(*PAIRS[:3]), VICINITY),
+    Rung("hierarchy + smoothing", hierarchies(*PAIRS[:3]), "none", SMOOTHING),
+    Rung("hierarchy + smoothing + vicinity", hierarchies(*PAIRS[:2]), VICINITY, SMOOTHING),
+    Rung("factor", tuple(f"Factor({f})" for f in (1.0, 0.3, 0.1, 0.03))),
+    Rung("entropy", tuple(f"Entropy({theta})" for theta in (0.45, 0.1, 0.03))),
     Rung("fixed", tuple(f"Fixed({n})" for n in (4, 2, 8))),
+    Rung("threshold, block 128", thresholds(0.9, 0.97, 0.99, 0.997), block_length=128),
+    Rung("credit, block 128", credit(0.9, 0.97, 0.99, 0.997), block_length=128),
+    Rung("hierarchy, block 128", hierarchies(*PAIRS), block_length=128),
+    Rung("credit over hierarchy, block 128", tuple(f"Credit({h})" for h in hierarchies(*PAIRS)), block_length=128),
+    Rung("one token a forward", ("Fixed(1)",)),
 )
 # Two points are compared with: a threshold as it is usually set, and one at which this model loses little.
 REFERENCES = (("threshold", "Threshold(0.9)"), ("threshold", "Threshold(0.99)"))
@@ -89,14 +105,14 @@ def measure(
                 *(model, problems),
                 max_batch=BATCH,
                 gen_length=GEN_LENGTH,
-                block_length=BLOCK_LENGTH,
+                block_length=rung.block_length,
                 decoder=parse(decoder, DECODERS, "decoder"),
                 cache=parse(rung.cache, CACHES, "cache"),
                 smoothing=parse(rung.smoothing, SMOOTHINGS, "smoothing"),
             )
             lines.append(
                 {"rung": rung.name, "decoder": decoder, "cache": rung.cache, "smoothing": rung.smoothing}
-                | {"gen_length": GEN_LENGTH, "block_length": BLOCK_LENGTH, "batch": BATCH, "dtype": str(model.dtype)}
+                | {"gen_length": GEN_LENGTH, "block_length": rung.block_length, "batch": BATCH, "dtype": str(model.dtype)}
                 | {"model": repr(model)}
                 | dataclasses.asdict(report)
                 | circumstances()
@@ -128,26 +144,48 @@ def fastest(lines: list[dict[str, Any]], reference: dict[str, Any], points: floa
 
 
 def markdown(lines: list[dict[str, Any]]) -> str:
-    """Three tables: each rung's step, the fastest point of each rung that loses at most one point, and the Pareto front."""
-    by_rung: dict[str, list[dict[str, Any]]] = {}
-    for line in lines:
-        by_rung.setdefault(line["rung"], []).append(line)
-    x = lines[0]
-    text = [
-        _table([points[0] for points in by_rung.values()]),
-        "",
-        f"{x['problems']} held-out problems, gen_length {x['gen_length']}, block_length {x['block_length']}, {x['dtype']}, "
-        f"{x['batch']} problems a batch. Intervals are 95% (Wilson; normal of the mean). Forwards (NFE), refreshes and "
-        "positions (token instances) are means a problem. Tokens/s: one pass over all problems, compile time apart; "
-        f"{x['hardware']}, {x['threads']} threads, {x['allocator']} allocator, jax {x['jax']}, commit {x['commit']}; "
-        f"`{x['command']}`.",
-    ]
+    """ladder.md: each rung's step; the fastest point of each rung that loses at most one point; the Pareto front; all points."""
+    by_rung = _by_rung(lines)
+    text = ["# The ladder", "", _table([points[0] for points in by_rung.values()]), "", *_circumstances(lines)]
     for rung, decoder in REFERENCES:
         reference = next((p for p in by_rung.get(rung, []) if p["decoder"] == decoder), None)
         if reference is not None:
             text += ["", *_against(by_rung, reference)]
-    text += ["", "The Pareto front over all points, from the surest to the fastest:", "", _table(front(lines))]
-    return "\n".join(text)
+    text += ["", "## The Pareto front, from the surest to the fastest", "", _table(front(lines))]
+    text += ["", "## Every point", "", _table(lines)]
+    return "\n".join(text) + "\n"
+
+
+def summary(lines: list[dict[str, Any]]) -> str:
+    """The README's part: each rung's step, shortly."""
+    rows = ["| | decoder | cache | smoothing | accuracy | tokens/forward | forwards |", "|---|---|---|---|---|---|---|"]
+    for points in _by_rung(lines).values():
+        x = points[0]
+        rows.append(
+            f"| {x['rung']} | {_setting(x)} | {x['accuracy']:.1%} (±{50 * (x['accuracy_high'] - x['accuracy_low']):.1f}) | "
+            f"{x['tokens_per_forward']:.2f} (±{(x['tokens_per_forward_high'] - x['tokens_per_forward_low']) / 2:.2f}) | "
+            f"{x['forwards']:.1f} |"
+        )
+    return "\n".join([*rows, "", *_circumstances(lines)])
+
+
+def _by_rung(lines: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    by_rung: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        by_rung.setdefault(line["rung"], []).append(line)
+    return by_rung
+
+
+def _circumstances(lines: list[dict[str, Any]]) -> list[str]:
+    x = lines[0]
+    return [
+        f"{x['problems']} held-out problems, gen_length {x['gen_length']}, block_length 32 where nothing else is said, "
+        f"{x['dtype']}, {x['batch']} problems a batch. 95% intervals (Wilson for the accuracy, normal for the mean of "
+        "tokens/forward). Forwards (NFE), refreshes and positions (token instances) are means a problem. Tokens/s, where "
+        "given, come from one pass over all problems, compile time apart. "
+        f"{x['hardware']}, {x['threads']} threads, {x['allocator']} allocator, jax {x['jax']}, "
+        f"commit {', '.join(sorted({str(line['commit']) for line in lines}))}; `{x['command']}`."
+    ]
 
 
 def _setting(x: dict[str, Any]) -> str:
@@ -175,8 +213,9 @@ def _table(lines: list[dict[str, Any]]) -> str:
 def _against(by_rung: dict[str, list[dict[str, Any]]], reference: dict[str, Any]) -> list[str]:
     name = f"{reference['rung']}, `{reference['decoder']}`"
     text = [
-        f"The fastest point of each rung at most one point of accuracy below {name} ({reference['accuracy']:.1%}, "
-        f"{reference['tokens_per_forward']:.2f} tokens/forward):",
+        f"## Against {name} ({reference['accuracy']:.1%}, {reference['tokens_per_forward']:.2f} tokens/forward)",
+        "",
+        "The fastest point of each rung whose accuracy is at most one point below; differences paired by problem.",
         "",
         "| rung | decoder | cache | smoothing | accuracy against it | tokens/forward against it |",
         "|---|---|---|---|---|---|",
@@ -233,7 +272,7 @@ def draw(lines: list[dict[str, Any]], file: Path) -> None:
     x = lines[0]
     axes.set_xlabel("tokens per forward (mean over problems, up to EOS)")
     axes.set_ylabel("accuracy, % (bars: 95% Wilson intervals)")
-    axes.set_title(f"{x['problems']} held-out problems, gen_length {x['gen_length']}, block_length {x['block_length']}")
+    axes.set_title(f"{x['problems']} held-out problems, gen_length {x['gen_length']}, block_length 32 if not named")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower left")
     partial = file.with_name(f".{file.name}.{os.getpid()}")
@@ -250,14 +289,14 @@ def with_table(readme: str, lines: list[dict[str, Any]]) -> str:
     if readme.count(BEGIN) != 1 or readme.count(END) != 1:
         raise OptionError(f"--readme: expected one line {BEGIN} and one line {END}")
     before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{markdown(lines)}\n{END}{rest.split(END)[1]}"
+    return f"{before}{BEGIN}\n{summary(lines)}\n{END}{rest.split(END)[1]}"
 
 
 def finish(out: Path, readme: Path | None) -> str:
     """ladder.md, ladder.png and the README's tables from ladder.jsonl. Returns the Markdown."""
     lines = read(out / "ladder.jsonl")
     text = markdown(lines)
-    _write(out / "ladder.md", text + "\n")
+    _write(out / "ladder.md", text)
     draw(lines, out / "ladder.png")
     if readme is not None:
         _write(readme, with_table(readme.read_text(), lines))
