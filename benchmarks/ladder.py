@@ -144,7 +144,7 @@ def fastest(lines: list[dict[str, Any]], reference: dict[str, Any], points: floa
 
 
 def markdown(lines: list[dict[str, Any]]) -> str:
-    """ladder.md: each rung's step; the fastest point of each rung that loses at most one point; the Pareto front; all points."""
+    """ladder.md: each rung's step, its fastest point that loses at most one point, the Pareto front, and all points."""
     by_rung = _by_rung(lines)
     text = ["# The ladder", "", _table([points[0] for points in by_rung.values()]), "", *_circumstances(lines)]
     for rung, decoder in REFERENCES:
@@ -242,7 +242,7 @@ def draw(lines: list[dict[str, Any]], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(10, 6.5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(12, 6.5), layout="constrained")
     best = front(lines)
     axes.step(
         *zip(*((x["tokens_per_forward"], 100 * x["accuracy"]) for x in best), strict=True),
@@ -274,7 +274,7 @@ def draw(lines: list[dict[str, Any]], file: Path) -> None:
     axes.set_ylabel("accuracy, % (bars: 95% Wilson intervals)")
     axes.set_title(f"{x['problems']} held-out problems, gen_length {x['gen_length']}, block_length 32 if not named")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower left")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     figure.savefig(partial, format="png", dpi=130)
     pyplot.close(figure)
