@@ -23,13 +23,17 @@ GEN_LENGTH, BATCH = 128, 25
 
 @dataclasses.dataclass(frozen=True)
 class Rung:
-    """decoders: as on the command line; the first one is the rung's step on the ladder, the others are its sweep."""
+    """decoders: as on the command line; the first one is the rung's step on the ladder, the others are its sweep.
+
+    oracle: not these decoders but the oracle that knows their answers (`oracle.py`), a ceiling and no way to decode.
+    """
 
     name: str
     decoders: tuple[str, ...]
     cache: str = "none"
     smoothing: str = "none"
     block_length: int = 32
+    oracle: bool = False
 
 
 def thresholds(*taus: float) -> tuple[str, ...]:
@@ -55,7 +59,7 @@ RUNGS = (
     Rung("credit, alpha 2", credit(0.9, 0.99, 0.999, alpha=2.0)),
     Rung("credit + vicinity", credit(0.9, 0.99, 0.997), VICINITY),
     Rung("smoothing", thresholds(0.9, 0.8, 0.97, 0.99), "none", SMOOTHING),
-    Rung("smoothing, no ramp", thresholds(0.9, 0.97, 0.99), "none", "Smoothing(threshold_decay=1000)"),
+    Rung("smoothing, no ramp", thresholds(0.9, 0.97, 0.99), "none", "Smoothing(threshold_decay=None)"),
     Rung("smoothing + vicinity", thresholds(0.8, 0.9, 0.97), VICINITY, SMOOTHING),
     Rung("credit + smoothing", credit(0.9, 0.97, 0.99), "none", SMOOTHING),
     Rung("hierarchy", hierarchies(*PAIRS)),
@@ -70,6 +74,9 @@ RUNGS = (
     Rung("hierarchy, block 128", hierarchies(*PAIRS), block_length=128),
     Rung("credit over hierarchy, block 128", tuple(f"Credit({h})" for h in hierarchies(*PAIRS)), block_length=128),
     Rung("one token a forward", ("Fixed(1)",)),
+    Rung("oracle", ("Fixed(1)",), oracle=True),
+    Rung("oracle, smoothing", ("Fixed(1)",), "none", SMOOTHING, oracle=True),
+    Rung("oracle, block 128", ("Fixed(1)",), block_length=128, oracle=True),
 )
 # Two points are compared with: a threshold as it is usually set, and one at which this model loses little.
 REFERENCES = (("threshold", "Threshold(0.9)"), ("threshold", "Threshold(0.99)"))
@@ -83,8 +90,10 @@ def measure(
     resume: keep the lines that are there, if they are of the same number of problems. Raises `OptionError` if there are
     lines and `resume` is off, so that nothing measured is lost by accident.
     """
+    from djax.benchmarks import oracle
     from djax.caching import CACHES
     from djax.decoding import DECODERS
+    from djax.generate import generate
     from djax.plugs import parse
     from djax.smoothing import SMOOTHINGS
     from djax.training.evaluate import evaluate
@@ -103,6 +112,7 @@ def measure(
                 continue
             report = evaluate(
                 *(model, problems),
+                answer=oracle.answer if rung.oracle else generate,
                 max_batch=BATCH,
                 gen_length=GEN_LENGTH,
                 block_length=rung.block_length,
@@ -112,6 +122,7 @@ def measure(
             )
             lines.append(
                 {"rung": rung.name, "decoder": decoder, "cache": rung.cache, "smoothing": rung.smoothing}
+                | {"oracle": rung.oracle}
                 | {"gen_length": GEN_LENGTH, "block_length": rung.block_length, "batch": BATCH, "dtype": str(model.dtype)}
                 | {"model": repr(model)}
                 | dataclasses.asdict(report)
@@ -129,9 +140,10 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def front(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The Pareto front: points that no other beats in accuracy and in tokens per forward at once, slowest first."""
+    """The Pareto front: points that no other beats in accuracy and in tokens per forward at once, slowest first. Oracles are no
+    way to decode, so they are not on it."""
     best: list[dict[str, Any]] = []
-    for line in sorted(lines, key=lambda x: (-x["tokens_per_forward"], -x["accuracy"])):
+    for line in sorted((x for x in lines if not x["oracle"]), key=lambda x: (-x["tokens_per_forward"], -x["accuracy"])):
         if not best or line["accuracy"] > best[-1]["accuracy"]:
             best.append(line)
     return best[::-1]
@@ -189,7 +201,7 @@ def _circumstances(lines: list[dict[str, Any]]) -> list[str]:
 
 
 def _setting(x: dict[str, Any]) -> str:
-    return f"`{x['decoder']}` | {_plug(x['cache'])} | {_plug(x['smoothing'])}"
+    return f"{'oracle of ' if x['oracle'] else ''}`{x['decoder']}` | {_plug(x['cache'])} | {_plug(x['smoothing'])}"
 
 
 def _plug(text: str) -> str:

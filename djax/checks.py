@@ -13,11 +13,18 @@ INT32_MAX = 2**31 - 1
 
 
 def number(
-    plug: Any, field: str, *, above: float | None = None, at_least: float | None = None, at_most: float | None = None
+    plug: Any,
+    field: str,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    optional: bool = False,
 ) -> None:
-    """Check a real field of a plug in its `__post_init__`, and store it as a float: 2 and 2.0 must not compile apart."""
+    """Check a real field of a plug in its `__post_init__`, and store it as a float: 2 and 2.0 must not compile apart.
+    None passes where it is optional."""
     value = getattr(plug, field)
-    if not _inside_jax(value):
+    if not _inside_jax(value) and not (optional and value is None):
         name = f"{type(plug).__name__}({field}=...)"
         object.__setattr__(plug, field, real_number(value, name, above=above, at_least=at_least, at_most=at_most))
 

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -119,30 +120,28 @@ def generate(
     return out[0] if asked.single else out
 
 
+# The last programs used, the oldest first. A program of a CPU takes hundreds of memory mappings, of which Linux gives a
+# process 65,530: without a bound a long sweep over decoders ends in an abort.
 _programs: dict[Any, Any] = {}
-_MOST_PROGRAMS = 64
+_MOST_PROGRAMS = 32
 
 
 def compiled(model: Model, asked: Asked, ask: Request) -> tuple[Any, float]:
     """The compiled decode of one request, and the seconds it took to get it: 0 if this process had it already."""
-    statics = dict(
-        family=model.family,
-        config=model.config,
-        classes=tuple(map(classes, asked.plugs)),
-        block=asked.block(ask),
-        sampled=asked.sampled,
-        traced=asked.traced,
-    )
+    statics = dict(family=model.family, config=model.config, block=asked.block(ask), sampled=asked.sampled, traced=asked.traced)
     leaves, tree = jax.tree.flatten((model.params, ask, asked.plugs))
     kinds = tuple((np.shape(a), getattr(a, "dtype", type(a)), getattr(a, "sharding", None)) for a in leaves)
-    key = (tree, kinds, *statics.values())
+    key = (tree, kinds, *map(classes, asked.plugs), *statics.values())
     if key in _programs:
+        _programs[key] = _programs.pop(key)
         return _programs[key], 0.0
     began = time.perf_counter()
-    with exact_products(model.dtype):
-        made = decode.lower(model.params, ask, *asked.plugs, **statics).compile()
     if len(_programs) == _MOST_PROGRAMS:
         del _programs[next(iter(_programs))]
+    # A function of its own, so that jax's caches let go of it with the program.
+    program = jax.jit(partial(decode, **statics))
+    with exact_products(model.dtype):
+        made = program.lower(model.params, ask, *asked.plugs).compile()
     _programs[key] = made
     return made, time.perf_counter() - began
 

@@ -159,7 +159,6 @@ def reach(policy: Policy, length: int) -> tuple[int, int]:
     return min(before, length), min(after, length)
 
 
-@partial(jax.jit, static_argnames=("family", "config", "classes", "block", "sampled", "traced"))
 def decode(
     params: Any,
     ask: Request,
@@ -169,7 +168,6 @@ def decode(
     *,
     family: Any,
     config: Any,
-    classes: tuple,
     block: int,
     sampled: bool,
     traced: bool,
@@ -178,10 +176,9 @@ def decode(
 
     A turn runs the whole canvas of each row whose policy asks for it, one row at a time (an inner loop: a refresh then
     costs nothing to rows that need none, and the cache is updated in place), then one window step for all rows.
-    Returns the last carry; `rows.active` there is true only for rows that hit the cap on turns. classes: the plugs' classes
-    (`pytree.classes`), which the compiled program is of.
+    Returns the last carry; `rows.active` there is true only for rows that hit the cap on turns. What stands after the star is
+    static.
     """
-    del classes
     batch, length = ask.tokens.shape
     before, after = reach(policy, length)
     width = before + block + after if before else min(block + after, length)

@@ -18,6 +18,15 @@ def pytest_configure(config):
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def let_go_of_programs():
+    """A program of a CPU takes hundreds of memory mappings, and the suite's together are more than a process may have."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def moe_a():
     import djax

@@ -1,30 +1,26 @@
 """Laws of the one program: rows never wait or look, nothing recompiles, everything stays on the device."""
 
 import dataclasses
+import gc
 import inspect
 import re
+import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDENS
+from tiny import tiny_model
 
 import djax
-from djax.caching import CACHES
 from djax.errors import TripCapError
 from djax.generate import compiled
 from djax.program import decode
 from djax.request import prepare
 from djax.training.problems import held_out
 
-POLICIES = {
-    "none": [None],
-    "prefix": [djax.Prefix()],
-    "dual": [djax.Dual(), djax.Dual(every=3)],
-    "vicinity": [djax.Vicinity(4, 4, warmup=2), djax.Vicinity(8, 0, warmup=0, every=3)],
-}
-CACHED = [policy for name in CACHES for policy in POLICIES[name]]
 EVERYTHING = dict(gen_length=32, block_length=16)
 
 
@@ -39,23 +35,21 @@ def facts(out):
 
 @pytest.mark.parametrize(
     ("decoder", "cache", "smoothing"),
-    [(djax.Threshold(0.4), cache, None) for cache in CACHED]
-    + [
-        (djax.Fixed(3), djax.Vicinity(4, 4, warmup=2), None),
-        (djax.Threshold(0.4), None, djax.Smoothing()),
-        (djax.Credit(djax.Threshold(0.4)), djax.Dual(), djax.Smoothing()),
-        (djax.Hierarchy(0.6, 0.2), djax.Vicinity(4, 4, warmup=2), djax.Smoothing()),
+    [
+        (djax.Threshold(0.4), djax.Dual(every=3), None),
+        (djax.Credit(djax.Threshold(0.4)), djax.Vicinity(4, 4, warmup=2), djax.Smoothing()),
     ],
     ids=repr,
 )
 def test_a_batch_gives_each_row_what_it_gets_alone(moe_a, decoder, cache, smoothing):
+    """Here across length buckets, on a model of several layers; every combination is in test_batch_and_loop.py."""
     for seed in range(3):
         many = prompts(seed)
         options = dict(EVERYTHING, decoder=decoder, cache=cache, smoothing=smoothing)
         alone = [facts(djax.generate(moe_a, p, **options)) for p in many]
         assert [facts(o) for o in djax.generate(moe_a, many, **options)] == alone
         assert [facts(o) for o in djax.generate(moe_a, many[::-1], **options)] == alone[::-1]
-    split = djax.generate(moe_a, many, max_batch=2 if cache == djax.Dual() else 1, **options)
+    split = djax.generate(moe_a, many, max_batch=2, **options)
     assert [facts(o) for o in split] == alone, "groups, the last one padded with rows that never start"
 
 
@@ -221,6 +215,22 @@ def test_one_executable_a_call_and_none_for_what_is_traced(moe_b):
     assert more.count == 1, "only the last one lies in another bucket of canvas lengths"
 
 
+def test_programs_that_are_let_go_are_gone(monkeypatch):
+    """A CPU program holds hundreds of memory mappings: one that leaves djax's own list must not live on in jax's caches."""
+    model, client = tiny_model(), jax.devices()[0].client
+    module = sys.modules["djax.generate"]
+    monkeypatch.setattr(module, "_programs", {})
+    monkeypatch.setattr(module, "_MOST_PROGRAMS", 2)
+    lives = []
+    for block_length in (5, 6, 7, 8):
+        djax.generate(model, [1, 2, 3], gen_length=20, block_length=block_length)
+        gc.collect()
+        lives.append(len(client.live_executables()))
+    assert len(module._programs) == 2
+    assert lives[1] > lives[0], "two are kept"
+    assert lives[1] == lives[2] == lives[3], "and no more"
+
+
 def asking(model, prompts, **options):
     defaults = {n: p.default for n, p in inspect.signature(djax.generate).parameters.items() if p.kind is p.KEYWORD_ONLY}
     return prepare(model, prompts, **(defaults | EVERYTHING | options))
@@ -246,8 +256,8 @@ def test_lowered_for_a_gpu_the_experts_are_dense_products(moe_a):
     """The back end follows the platform the program is lowered for, not the machine it is lowered on: on a GPU a window
     step runs no loop over expert tiles. What is left are the decode, its refreshes and its window."""
     ask = asking(moe_a, prompts(0)[:2]).asks[0]
-    statics = dict(family=moe_a.family, config=moe_a.config, classes=(), block=16, sampled=False, traced=False)
-    made = decode.trace(moe_a.params, ask, djax.Threshold(), djax.Vicinity(4, 4), None, **statics)
+    program = partial(decode, family=moe_a.family, config=moe_a.config, block=16, sampled=False, traced=False)
+    made = jax.jit(program).trace(moe_a.params, ask, djax.Threshold(), djax.Vicinity(4, 4), None)
     loops = {p: made.lower(lowering_platforms=(p,)).as_text().count("stablehlo.while") for p in ("cuda", "cpu")}
     assert loops == {"cuda": 3, "cpu": 3 + 2 * moe_a.config.layers}
 

@@ -3,9 +3,10 @@
 import dataclasses
 import math
 import statistics
+from collections.abc import Callable
 from typing import Any
 
-from djax.generate import generate
+from djax.generate import Generation, generate
 from djax.model import Model
 from djax.training.problems import Problem, stated_result
 
@@ -56,11 +57,20 @@ def difference(bits: str, other: str, count: int, z: float = 1.96) -> tuple[floa
     return won - lost, won - lost - half, won - lost + half
 
 
-def evaluate(model: Model, problems: list[Problem], *, max_batch: int = 25, progress: Any = None, **options: Any) -> Report:
-    """Answer every problem with `djax.generate(**options)` and count. `progress` is called with the number done so far."""
+def evaluate(
+    model: Model,
+    problems: list[Problem],
+    *,
+    max_batch: int = 25,
+    progress: Callable[[int], None] | None = None,
+    answer: Callable[..., list[Generation]] = generate,
+    **options: Any,
+) -> Report:
+    """Answer every problem and count: `answer(model, questions, **options)`, by default `djax.generate`. `progress` is called
+    with the number done so far."""
     answers, timings = [], []
     for i in range(0, len(problems), max_batch):
-        answers += generate(model, [p.question for p in problems[i : i + max_batch]], **options)
+        answers += answer(model, [p.question for p in problems[i : i + max_batch]], **options)
         timings.append(answers[-1].timing)
         if progress is not None:
             progress(len(answers))

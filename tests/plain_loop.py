@@ -1,0 +1,111 @@
+"""The decode as a Python loop over one row: the oracle of the one program.
+
+It calls the same step functions (embed, trunk, unembed, the decoder's step, the policy's plan) and nothing else of the
+program: where the program masks, counts and gathers on the device, this slices NumPy arrays on the host.
+"""
+
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from djax.decoding.contract import Tick
+from djax.models.layers import Cache
+
+
+@partial(jax.jit, static_argnames=("family", "config"))
+def trunk(params, x, at, valid, cache, *, family, config):
+    return family.trunk(params, config, x, at, valid, cache)
+
+
+@partial(jax.jit, static_argnames=("family", "config", "top"))
+def expected(params, x, *, family, config, top):
+    return family.expected_embedding(params, config, x, top)
+
+
+@jax.jit
+def step(decoder, state, logits, masked, tick, key):
+    return decoder.step(state, logits, masked, tick, key)
+
+
+def decode(
+    model, prompt, *, gen_length, min_gen_length, block_length, decoder, policy, smoothing, early_stop, align_blocks, seed
+):
+    """One prompt (ids) at temperature 0; a namespace with canvas, forwards, refreshes, positions."""
+    family, c, params = model.family, model.config, model.params
+    total, start = len(prompt) + gen_length, len(prompt)
+    length = -(-total // 64) * 64
+    canvas = np.full(total, c.mask_id, np.int32)
+    canvas[:start] = prompt
+    soft = np.array(params["embedding"])[canvas]
+    out = SimpleNamespace(canvas=canvas, forwards=0, refreshes=0, positions=0)
+    cache, cached_block, turns = None, -1, 0
+    state = decoder.init(1, block_length, c.vocab)
+
+    def tick(block, call):
+        least = -np.inf if smoothing is None else float(smoothing.least(jnp.array([out.forwards]))[0])
+        iteration = turns if smoothing is None else out.forwards
+        counters = (jnp.array([n], jnp.int32) for n in (iteration, out.forwards, block, call))
+        return Tick(*counters, jnp.array([least], jnp.float32), jnp.int32(c.mask_id), jnp.float32(0))
+
+    def forward(left, right, width, begin, end, block, call):
+        """Run [left, right) in a window of `width`, decode [begin, end), return the window's keys and values."""
+        nonlocal state
+        n = right - left
+        at = np.zeros((1, width), np.int32)
+        valid = np.zeros((1, width), bool)
+        at[0, :n], valid[0, :n] = np.arange(left, right), True
+        x = np.zeros((1, width, c.width), np.float32)
+        x[0, :n] = np.array(params["embedding"])[canvas[left:right]] if smoothing is None else soft[left:right]
+        behind = None
+        if cache is not None and n < total:
+            visible = np.zeros((1, length), bool)
+            visible[0, :total] = True
+            visible[0, left:right] = False
+            behind = Cache(cache, jnp.asarray(visible))
+        x, fresh = trunk(params, jnp.asarray(x), jnp.asarray(at), jnp.asarray(valid), behind, family=family, config=c)
+        logits = np.zeros((1, block_length, c.vocab), np.float32)
+        logits[0, : end - begin] = family.unembed(params, c, x[:, begin - left : end - left])[0]
+        early = np.arange(begin, end) < len(prompt) + min_gen_length
+        logits[0, : end - begin, c.eos_id] = np.where(early, -1e30, logits[0, : end - begin, c.eos_id])
+        masked = np.zeros((1, block_length), bool)
+        masked[0, : end - begin] = canvas[begin:end] == c.mask_id
+        key = jax.random.fold_in(jax.random.key(seed), out.forwards)[None] if getattr(decoder, "draws", False) else None
+        state, tokens, accept = step(decoder, state, jnp.asarray(logits), jnp.asarray(masked), tick(block, call), key)
+        for s in np.flatnonzero(np.asarray(accept)[0]):
+            canvas[begin + s] = tokens[0, s]
+        if smoothing is not None:
+            weight = float(smoothing.weight(jnp.array([out.forwards]))[0])
+            hope = np.asarray(expected(params, x, family=family, config=c, top=smoothing.top))[0]
+            for i, position in enumerate(range(left, right)):
+                soft[position] = np.asarray(params["embedding"])[canvas[position]]
+                if canvas[position] == c.mask_id:
+                    soft[position] += np.float32(weight) * hope[i]
+        out.forwards += 1
+        out.positions += n
+        return fresh
+
+    before, after = policy.reach()
+    first = start // block_length * block_length if align_blocks else start
+    for block, begin in enumerate(range(first, total, block_length)):
+        end, call = min(begin + block_length, total), 0
+        while np.any(canvas[begin:end] == c.mask_id):
+            full, refresh, window = (bool(x[0]) for x in policy.plan(tick(block, call), jnp.array([cached_block])))
+            if full:
+                kept, cache = cache, None
+                fresh = forward(0, total, length, begin, end, block, call)
+                cache, call = (fresh if refresh else kept), call + 1
+                if refresh:
+                    cached_block = block
+                    out.refreshes += 1
+            if window:
+                left, right = max(0, begin - before), min(total, end + after)
+                forward(left, right, min(before + block_length + after, length), begin, end, block, call)
+                call += 1
+            turns += 1
+        if early_stop and c.eos_id in canvas[max(begin, len(prompt)) : end]:
+            canvas[end:] = c.eos_id
+            break
+    return out
