@@ -6,13 +6,14 @@ answer and only takes what the model proposes is faster at each forward; what it
 """
 
 import dataclasses
+from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from djax.decoding.contract import Tick, candidates, first_best
+from djax.decoding.contract import Decoder, Tick, candidates, first_best
 from djax.generate import Generation, generate
 from djax.pytree import pytree
 from djax.request import bucket
@@ -40,10 +41,9 @@ class Oracle:
         return state, answer, right | given
 
 
-def answer(model: Any, questions: list[str], *, block_length: int, **options: Any) -> list[Generation]:
-    """`djax.generate` with the oracle in the place of `decoder`, which is what it takes its answers from."""
-    decoder = options.pop("decoder")
-    known = generate(model, questions, block_length=block_length, decoder=decoder, **options)
+def answer(model: Any, questions: list[str], *, block_length: int, decoder: Decoder, **options: Any) -> list[Generation]:
+    """`djax.generate` with the oracle in the place of `decoder`, whose answers without cache and smoothing it knows."""
+    known = _known(model, tuple(questions), options["gen_length"], block_length, decoder)
     count = -(-bucket(max(len(one.canvas) for one in known)) // block_length)
     blocks = np.full((len(known), count * block_length), model.config.eos_id, np.int32)
     for row, one in zip(blocks, known, strict=True):
@@ -51,3 +51,8 @@ def answer(model: Any, questions: list[str], *, block_length: int, **options: An
         row[: len(one.canvas) - start] = one.canvas[start:]
     oracle = Oracle(blocks.reshape(len(known), count, block_length))
     return generate(model, questions, block_length=block_length, decoder=oracle, **options)
+
+
+@lru_cache(maxsize=None)
+def _known(model: Any, questions: tuple[str, ...], gen_length: int, block_length: int, decoder: Decoder) -> list[Generation]:
+    return generate(model, list(questions), gen_length=gen_length, block_length=block_length, decoder=decoder)
