@@ -106,6 +106,7 @@ def measure(
     if any(line["problems"] != len(problems) for line in lines):
         raise OptionError(f"--resume: {file} is of {lines[0]['problems']} problems, not of {len(problems)}")
     done = {(line["rung"], line["decoder"]) for line in lines}
+    now = circumstances()  # of the code that runs, whatever is committed meanwhile
     for rung in rungs:
         for decoder in rung.decoders:
             if (rung.name, decoder) in done:
@@ -126,7 +127,7 @@ def measure(
                 | {"gen_length": GEN_LENGTH, "block_length": rung.block_length, "batch": BATCH, "dtype": str(model.dtype)}
                 | {"model": repr(model)}
                 | dataclasses.asdict(report)
-                | circumstances()
+                | now
             )
             _write(file, "".join(json.dumps(line) + "\n" for line in lines))
             note(

@@ -6,7 +6,7 @@ answer and only takes what the model proposes is faster at each forward; what it
 """
 
 import dataclasses
-from functools import lru_cache
+import functools
 from typing import Any
 
 import jax
@@ -53,6 +53,6 @@ def answer(model: Any, questions: list[str], *, block_length: int, decoder: Deco
     return generate(model, questions, block_length=block_length, decoder=oracle, **options)
 
 
-@lru_cache(maxsize=None)
+@functools.cache
 def _known(model: Any, questions: tuple[str, ...], gen_length: int, block_length: int, decoder: Decoder) -> list[Generation]:
     return generate(model, list(questions), gen_length=gen_length, block_length=block_length, decoder=decoder)

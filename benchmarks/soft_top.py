@@ -29,6 +29,7 @@ def measure(model: Any, problems: list[Any], out: Path, note: Callable[[str], No
         smoothing = djax.Smoothing(top=top)
         return evaluate(model, problems, decoder=djax.Threshold(0.9), smoothing=smoothing, gen_length=128, block_length=32)
 
+    now = circumstances()
     x, at = _first_forward(model, problems[:25])
     whole, base = _expected(model, x, None)[at], report(None)
     lines = []
@@ -41,7 +42,7 @@ def measure(model: Any, problems: list[Any], out: Path, note: Callable[[str], No
             | {"accuracy_difference": gain, "difference_low": low, "difference_high": high}
             | {"whole": dataclasses.asdict(base)}
             | dataclasses.asdict(this)
-            | circumstances()
+            | now
         )
         note(
             f"top {top}: embeddings differ by {error.mean():.3f} (worst {error.max():.3f}) of their norm; accuracy "
