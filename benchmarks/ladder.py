@@ -103,8 +103,11 @@ def measure(
     if file.exists() and not resume:
         raise OptionError(f"--out: {file} exists; give --resume to go on with it, or remove it")
     lines = read(file) if file.exists() else []
-    if any(line["problems"] != len(problems) for line in lines):
-        raise OptionError(f"--resume: {file} is of {lines[0]['problems']} problems, not of {len(problems)}")
+    this = {"problems": len(problems), "gen_length": GEN_LENGTH, "batch": BATCH, "model": repr(model)}
+    for line in lines:
+        for name, value in this.items():
+            if line[name] != value:
+                raise OptionError(f"--resume: {file} has {name} {line[name]}, this run {value}; choose another --out")
     done = {(line["rung"], line["decoder"]) for line in lines}
     now = circumstances()  # of the code that runs, whatever is committed meanwhile
     for rung in rungs:

@@ -438,6 +438,7 @@ def main(arguments: list[str] | None = None) -> None:
             commands, prog="djax", description="A JAX engine for diffusion language models.", args=arguments
         )
 
+    before = START.set(Decoding())
     try:
         arguments = sys.argv[1:] if arguments is None else arguments
         name = _preset(arguments)
@@ -453,12 +454,14 @@ def main(arguments: list[str] | None = None) -> None:
         # Whoever read the output has enough; what is still buffered goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    finally:
+        START.reset(before)
 
 
 def _preset(arguments: list[str]) -> str | None:
     """The preset that the arguments name, read before the others: they start from its values."""
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    reader.add_argument("--preset")
+    reader.add_argument("--preset", nargs="?")  # without a value it is None here, and an error of the command itself
     return reader.parse_known_args(arguments)[0].preset
 
 

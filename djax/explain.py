@@ -82,6 +82,8 @@ def _facts(model: Model, asked: Asked, ask: Request, b: int) -> dict[str, str]:
     decoder, policy, smoothing = asked.plugs
     rows, length = ask.tokens.shape
     before, after = reach(policy, length)
+    behind = "all that follows" if after == length else f"{after} positions"
+    window = f"{before} + {asked.block(ask)} + {behind}"
     carried = carried_bytes(model, ask, asked.plugs, asked.block(ask))
     prompt, total = int(ask.prompt[b]), int(ask.total[b])
     has = {True: "yes", False: "no"}
@@ -91,7 +93,7 @@ def _facts(model: Model, asked: Asked, ask: Request, b: int) -> dict[str, str]:
         f"{has[hasattr(model.family, 'expected_embedding')]}; gen_length: up to {model.config.max_positions - prompt} after "
         f"this prompt; before and after of a cache's window: up to {total}",
         "decoder": repr(decoder) + (" (draws from the seed)" if draws(decoder) else ""),
-        "cache": f"{policy}, windows of {before} + {asked.block(ask)} + {after} positions" if policy.keeps else "None",
+        "cache": f"{policy}, windows of {window}" if policy.keeps else "None",
         "smoothing": repr(smoothing),
         "canvas": f"{prompt} of the prompt + {total - prompt} = {total} positions, in a program for {rows} rows of {length}",
         "free to change": f"prompts and lengths up to {length} positions together, seeds, early_stop, {_leaves(asked)}",

@@ -7,6 +7,7 @@ from fractions import Fraction
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toy import family, toy_model
 
 import djax
 from djax.errors import BatchError, CanvasError, OptionError, PromptError
@@ -37,11 +38,52 @@ IDS = [1, 2, 3]
         (dict(decoder="threshold"), r"decoder: expected one of djax.Threshold\(...\), djax.Fixed\(...\), .* got 'threshold'"),
         (dict(decoder=djax.Threshold), "decoder: expected one of .* got <class"),
         (dict(cache=djax.Threshold()), r"cache: expected one of None, djax.Prefix\(...\), djax.Dual\(...\), .* got"),
+        (dict(smoothing=djax.Threshold()), r"smoothing: expected one of None, djax.Smoothing\(...\), got Threshold"),
+        (dict(smoothing=djax.Smoothing), "smoothing: expected one of .* got <class"),
+        (dict(gen_length=8, min_gen_length=9), "min_gen_length: expected at most gen_length, 8, for prompt 0, got 9"),
+        (dict(min_gen_length=-1), "min_gen_length: expected a whole number, at least 0 .* got -1"),
+        (dict(min_gen_length=[1, 2]), "min_gen_length: expected one whole number, or one for each of the 1 prompts, got 2"),
+        (dict(gen_length=[]), "gen_length: expected one whole number, or one for each of the 1 prompts, got 0"),
+        (dict(gen_length=[8.0]), "gen_length: .* got 8.0 of type float"),
+        (
+            dict(gen_length=27, cache=djax.Vicinity(16, 31)),
+            r"cache: Vicinity\(before=16, after=31, .*\) reaches 31 positions beyond its block; prompt 0 has a canvas of 30, "
+            "so expected at most 30",
+        ),
+        (dict(gen_length=8, cache=djax.Vicinity(12, 0)), "reaches 12 positions .* a canvas of 11, so expected at most 11"),
     ],
 )
 def test_options(moe_a, options, message):
     with pytest.raises(OptionError, match=message):
         djax.generate(moe_a, IDS, **options)
+
+
+def test_lengths_for_each_prompt_must_be_as_many_and_fit(moe_a):
+    for name in ("gen_length", "min_gen_length", "seed"):
+        with pytest.raises(OptionError, match=f"{name}: expected one whole number, or one for each of the 2 prompts, got 3"):
+            djax.generate(moe_a, [IDS, IDS], **{name: [1, 1, 1]})
+    with pytest.raises(OptionError, match="min_gen_length: expected at most gen_length, 6, for prompt 1, got 7"):
+        djax.generate(moe_a, [IDS, IDS], gen_length=[8, 6], min_gen_length=7)
+    with pytest.raises(CanvasError, match=r"prompt 1: 3 tokens \+ gen_length 8190 = 8193"):
+        djax.generate(moe_a, [IDS, IDS], gen_length=[8, 8190])
+    with pytest.raises(OptionError, match="prompt 1 has a canvas of 11, so expected at most 11"):
+        djax.generate(moe_a, [IDS, IDS], gen_length=[30, 8], cache=djax.Vicinity(4, 12))
+
+
+def test_a_reach_as_long_as_the_canvas_is_legal():
+    """And one to the end is of every canvas, so that a prefix cache is never refused."""
+    for cache in (djax.Vicinity(11, 11), djax.Prefix()):
+        assert djax.explain(toy_model(), IDS, gen_length=8, cache=cache).blocks
+
+
+def test_a_family_without_cache_or_soft_embeddings():
+    plain = toy_model(family=family("empty_cache", "expected_embedding"))
+    with pytest.raises(OptionError, match=r"cache: expected None, since the family toy keeps no keys .*; got Dual\(every=None"):
+        djax.generate(plain, IDS, cache=djax.Dual())
+    with pytest.raises(OptionError, match=r"smoothing: expected None, since the family toy takes no soft .*; got Smoothing"):
+        djax.generate(plain, IDS, smoothing=djax.Smoothing())
+    out = djax.generate(plain, IDS, gen_length=8, block_length=4, decoder=djax.Fixed(2), early_stop=False)
+    assert (out.tokens.tolist(), out.forwards) == ([1] * 8, 5), "blocks [0, 4), [4, 8), [8, 11) hold 1, 4 and 3 masks"
 
 
 def test_a_decoder_of_ones_own_must_be_a_pytree(moe_a):
@@ -82,6 +124,16 @@ def test_unknown_options_are_errors(moe_a):
         (lambda: djax.Vicinity(before=-1), r"Vicinity\(before=...\): .* got -1"),
         (lambda: djax.Vicinity(warmup=0.5), r"Vicinity\(warmup=...\): .* got 0.5"),
         (lambda: djax.Vicinity(every="4"), r"Vicinity\(every=...\): .* got '4'"),
+        (lambda: djax.Vicinity(warmup=-1), r"Vicinity\(warmup=...\): expected a whole number, at least 0 .* got -1"),
+        (lambda: djax.Dual(surplus=1), r"Dual\(surplus=...\): expected True or False, got 1 of type int"),
+        (lambda: djax.Prefix(surplus=None), r"Prefix\(surplus=...\): expected True or False, got None"),
+        (lambda: djax.Fixed(1, steps=2), r"Fixed\(per_step=..., steps=...\): expected one of the two, got 1 and 2"),
+        (lambda: djax.Fixed(steps=0), r"Fixed\(steps=...\): expected a whole number, at least 1 .* got 0"),
+        (lambda: djax.Fixed(order="x"), r"Fixed\(order=...\): expected one of confidence, random, got 'x'"),
+        (lambda: djax.Smoothing(top=0), r"Smoothing\(top=...\): expected a whole number, at least 1 .* got 0"),
+        (lambda: djax.Smoothing(first=-1), r"Smoothing\(first=...\): expected a finite number at least 0.0, got -1"),
+        (lambda: djax.Entropy(-1), r"Entropy\(theta=...\): expected a finite number at least 0.0, got -1"),
+        (lambda: djax.Factor(0), r"Factor\(f=...\): expected a finite number above 0.0, got 0"),
     ],
 )
 def test_plugs(make, message):

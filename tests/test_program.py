@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDENS
-from tiny import tiny_model
+from tiny import CONFIG, tiny_model
+from toy import family, toy_model
 
 import djax
 from djax.errors import TripCapError
@@ -231,6 +232,24 @@ def test_programs_that_are_let_go_are_gone(monkeypatch):
     assert lives[1] == lives[2] == lives[3], "and no more"
 
 
+def test_a_sweep_of_thresholds_over_prompts_compiles_once(moe_b):
+    """A hundred calls in one bucket of canvas lengths, however a number is spelled."""
+    taus = (0.1, 0.3, 0.5, 0.7, np.float32(0.8), jnp.float32(0.9), 0.95, 1, np.int64(2), 1e6)
+    answers = {}
+    with Compilations() as sweep:
+        for i, tau in enumerate(taus):
+            for n in range(1, 11):
+                prompt = np.random.default_rng(n).integers(0, 500, 3 * n)
+                options = dict(gen_length=10 + n, block_length=6, seed=10 * i + n, early_stop=False)
+                answers[i, n] = djax.generate(moe_b, prompt, decoder=djax.Threshold(tau), **options)
+    assert sweep.count == 1
+    assert [at for at, out in answers.items() if out.timing.compile] == [(0, 1)]
+    for n in range(1, 11):
+        forwards = [answers[i, n].forwards for i in range(len(taus))]
+        assert forwards == sorted(forwards), "the threshold that ran is the one that was asked for"
+        assert forwards[0] < forwards[-1] == 10 + n
+
+
 def asking(model, prompts, **options):
     defaults = {n: p.default for n, p in inspect.signature(djax.generate).parameters.items() if p.kind is p.KEYWORD_ONLY}
     return prepare(model, prompts, **(defaults | EVERYTHING | options))
@@ -287,3 +306,48 @@ class Stubborn:
 def test_the_cap_ends_a_decoder_that_makes_no_progress(moe_a):
     with pytest.raises(TripCapError, match=r"rows \[0\] still hold masks after 32 turns: .*finite.*Stubborn"):
         djax.generate(moe_a, [1, 2, 3], decoder=Stubborn(), **EVERYTHING)
+
+
+@djax.pytree
+@dataclasses.dataclass(frozen=True)
+class StopsAfterABlock:
+    """Keeps the law of progress in the first block only."""
+
+    def init(self, rows, block, vocab):
+        return ()
+
+    def step(self, state, logits, masked, tick, key):
+        _, tokens, accept = djax.Fixed(1).step(state, logits, masked, tick, key)
+        return state, tokens, accept & (tick.block == 0)[:, None]
+
+
+def test_the_error_at_the_cap_has_what_was_decoded(small):
+    """Three rows, of which the last finishes: each as far as it came, with its trace; text only where no mask is left."""
+    ids = dict(vocab=small.config.vocab, mask_id=small.config.mask_id, eos_id=small.config.eos_id)
+    model = toy_model(says=[65] * 256, config=dataclasses.replace(CONFIG, **ids), tokenizer=small.tokenizer)
+    lengths, prompts = [20, 11, 5], [[7] * 4, [7] * 8, [7] * 3]
+    options = dict(gen_length=lengths, block_length=8, decoder=StopsAfterABlock(), cache=djax.Dual(surplus=False))
+    with pytest.raises(TripCapError, match=r"rows \[0, 1\] still hold masks after 20 turns: ") as error:
+        djax.generate(model, prompts, **options)
+    # Blocks from 0 and from 8 on: the first one of each row holds 4, 8 and 5 masks.
+    stuck, other, done = error.value.generations
+    for out, prompt, accepted, forwards in ((stuck, prompts[0], 4, 20), (other, prompts[1], 8, 20), (done, prompts[2], 5, 5)):
+        end = len(prompt) + accepted
+        assert out.canvas.tolist() == prompt + [65] * accepted + [ids["mask_id"]] * (len(out.canvas) - end)
+        assert out.tokens.tolist() == [65] * accepted
+        assert out.trace.accepted_at.tolist() == [-1] * len(prompt) + [*range(accepted)] + [-1] * (len(out.canvas) - end)
+        assert out.forwards == len(out.trace.starts) == forwards
+    assert [out.refreshes for out in error.value.generations] == [2, 2, 1]
+    assert (stuck.text, other.text) == (None, None)
+    assert done.text == small.tokenizer.decode([65] * 5)
+
+
+def test_a_model_that_is_not_finite_ends_at_the_cap():
+    """With an error that has no token the model never gave, rather than with an answer."""
+    model = toy_model(family=family(unembed=lambda params, c, x: jnp.full((*x.shape[:2], c.vocab), jnp.nan)))
+    with pytest.raises(TripCapError, match=r"rows \[0\] still hold masks after 9 turns: either the model's logits") as error:
+        djax.generate(model, [1, 2], gen_length=9, block_length=4)
+    (out,) = error.value.generations
+    assert (len(out.tokens), out.forwards, out.text) == (0, 9, None)
+    assert np.all(out.trace.accepted_at == -1)
+    assert np.all(out.canvas[2:] == CONFIG.mask_id)
