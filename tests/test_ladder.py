@@ -148,8 +148,12 @@ def test_a_sweep_compiles_once_a_bucket(measured, speaker):
     assert [line["compile_seconds"] > 0 for line in measured.lines] == [True, False, False, True]
 
 
-def test_what_is_measured_is_not_lost_by_accident(measured, speaker):
+def test_what_is_measured_is_not_lost_by_accident(measured, speaker, monkeypatch):
     before = (measured.out / "ladder.jsonl").read_bytes()
+    with pytest.raises(OptionError, match=r"--resume: .*ladder.jsonl has gen_length 140, this run 128; choose another --out"):
+        ladder.measure(speaker, PROBLEMS, measured.out, resume=True, note=pytest.fail, rungs=RUNGS)
+    monkeypatch.setattr(ladder, "GEN_LENGTH", 140)
+    monkeypatch.setattr(ladder, "BATCH", 2)
     for resume, count, message in (
         (False, 4, r"--out: .*ladder.jsonl exists; give --resume to go on with it, or remove it"),
         (True, 3, r"--resume: .*ladder.jsonl has problems 4, this run 3; choose another --out"),
