@@ -49,6 +49,7 @@ def hierarchies(*pairs: tuple[float, float]) -> tuple[str, ...]:
 
 
 DUAL, VICINITY, SMOOTHING = "Dual()", "Vicinity(16, 16, warmup=4)", "Smoothing()"
+NO_RAMP = "Smoothing(threshold_decay=None)"
 PAIRS = ((0.92, 0.62), (0.97, 0.9), (0.99, 0.97), (0.997, 0.99))
 RUNGS = (
     Rung("threshold", thresholds(0.9, 0.8, 0.97, 0.99, 0.997)),
@@ -59,7 +60,10 @@ RUNGS = (
     Rung("credit, alpha 2", credit(0.9, 0.99, 0.999, alpha=2.0)),
     Rung("credit + vicinity", credit(0.9, 0.99, 0.997), VICINITY),
     Rung("smoothing", thresholds(0.9, 0.8, 0.97, 0.99), "none", SMOOTHING),
-    Rung("smoothing, no ramp", thresholds(0.9, 0.97, 0.99), "none", "Smoothing(threshold_decay=None)"),
+    Rung("smoothing, no ramp", thresholds(0.9, 0.97, 0.99), "none", NO_RAMP),
+    Rung("factor + smoothing, no ramp", tuple(f"Factor({f})" for f in (1.0, 0.3, 0.1, 0.03)), "none", NO_RAMP),
+    Rung("hierarchy + smoothing, no ramp", hierarchies(*PAIRS[:3]), "none", NO_RAMP),
+    Rung("credit over factor", tuple(f"Credit(Factor({f}))" for f in (0.3, 0.1, 0.03))),
     Rung("smoothing + vicinity", thresholds(0.8, 0.9, 0.97), VICINITY, SMOOTHING),
     Rung("credit + smoothing", credit(0.9, 0.97, 0.99), "none", SMOOTHING),
     Rung("hierarchy", hierarchies(*PAIRS)),
@@ -78,8 +82,8 @@ RUNGS = (
     Rung("oracle, smoothing", ("Fixed(1)",), "none", SMOOTHING, oracle=True),
     Rung("oracle, block 128", ("Fixed(1)",), block_length=128, oracle=True),
 )
-# Two points are compared with: a threshold as it is usually set, and one at which this model loses little.
-REFERENCES = (("threshold", "Threshold(0.9)"), ("threshold", "Threshold(0.99)"))
+# What is compared with: a threshold as it is usually set, one at which this model loses little, and what loses nothing.
+REFERENCES = (("threshold", "Threshold(0.9)"), ("threshold", "Threshold(0.99)"), ("one token a forward", "Fixed(1)"))
 
 
 def measure(
@@ -167,13 +171,14 @@ def markdown(lines: list[dict[str, Any]]) -> str:
         reference = next((p for p in by_rung.get(rung, []) if p["decoder"] == decoder), None)
         if reference is not None:
             text += ["", *_against(by_rung, reference)]
+    text += ["", *_findings(lines)]
     text += ["", "## The Pareto front, from the surest to the fastest", "", _table(front(lines))]
     text += ["", "## Every point", "", _table(lines)]
     return "\n".join(text) + "\n"
 
 
 def summary(lines: list[dict[str, Any]]) -> str:
-    """The README's part: each rung's step, shortly."""
+    """The README's part: each rung's step, shortly, and what follows from all points."""
     rows = ["| | decoder | cache | smoothing | accuracy | tokens/forward | forwards |", "|---|---|---|---|---|---|---|"]
     for points in _by_rung(lines).values():
         x = points[0]
@@ -182,7 +187,33 @@ def summary(lines: list[dict[str, Any]]) -> str:
             f"{x['tokens_per_forward']:.2f} (±{(x['tokens_per_forward_high'] - x['tokens_per_forward_low']) / 2:.2f}) | "
             f"{x['forwards']:.1f} |"
         )
-    return "\n".join([*rows, "", *_circumstances(lines)])
+    return "\n".join([*rows, "", *_findings(lines), "", *_circumstances(lines)])
+
+
+def _findings(lines: list[dict[str, Any]]) -> list[str]:
+    """Sentences, a line each: the fastest way at each level of accuracy, and the ceilings."""
+    points = {(x["rung"], x["decoder"]): x for x in lines}
+    real = [x for x in lines if not x["oracle"]]
+    found = []
+    for y in (points[r] for r in REFERENCES if r in points):
+        x = fastest(real, y)
+        times = x["tokens_per_forward"] / y["tokens_per_forward"]
+        found.append(
+            f"- At most one point below {_point(y)}, the fastest is {_point(x)}: {times:.2f} times the tokens per forward."
+        )
+    usual = points.get(REFERENCES[0])
+    for x in lines:
+        if x["oracle"] and usual is not None:
+            times = x["tokens_per_forward"] / usual["tokens_per_forward"]
+            found.append(
+                f"- {x['rung'].capitalize()}: who knows the answer and takes each of its tokens once the model proposes it "
+                f"reaches {x['tokens_per_forward']:.2f} tokens/forward, {times:.2f} times `{usual['decoder']}` at block 32."
+            )
+    return found
+
+
+def _point(x: dict[str, Any]) -> str:
+    return f"{x['rung']}, `{x['decoder']}` ({x['accuracy']:.1%} at {x['tokens_per_forward']:.2f})"
 
 
 def _by_rung(lines: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -309,8 +340,10 @@ def with_table(readme: str, lines: list[dict[str, Any]]) -> str:
 
 
 def finish(out: Path, readme: Path | None) -> str:
-    """ladder.md, ladder.png and the README's tables from ladder.jsonl. Returns the Markdown."""
+    """ladder.md, ladder.png and the README's tables from ladder.jsonl, rung by rung. Returns the Markdown."""
+    order = [(rung.name, decoder) for rung in RUNGS for decoder in rung.decoders]
     lines = read(out / "ladder.jsonl")
+    lines.sort(key=lambda x: order.index(point) if (point := (x["rung"], x["decoder"])) in order else len(order))
     text = markdown(lines)
     _write(out / "ladder.md", text)
     draw(lines, out / "ladder.png")

@@ -7,9 +7,9 @@ EPYC at 7,000 to 9,400 tokens/s, 297,600 examples, last loss 0.0232. The stages 
 stopped and resumed at steps 1200, 1600 and 2800 to set the next one, and steps 2700 to 2800 ran at a rate that had begun
 to fall (to 0.9 of the peak), so a run from scratch repeats it but for those hundred steps and for rounding.
 
-Result (benchmarks/small_model.py, 500 held-out problems, float32, gen_length 128, block_length 32): 94.8% with one token
-a forward; with Threshold(0.9) 79.4% at 12.84 tokens a forward without cache, 77.8% at 9.99 with the
-dual cache, 79.4% at 12.15 with Vicinity(16, 16, warmup=4). All lines: benchmarks/results/small_model.jsonl.
+Result (djax bench ladder, 500 held-out problems, float32, gen_length 128, block_length 32): 94.8% with one token a forward;
+with Threshold(0.9) 79.4% at 12.84 tokens a forward without cache, 77.8% at 9.99 with the dual cache, 79.4% at 12.15 with
+Vicinity(16, 16, warmup=4). All lines: benchmarks/results/ladder.jsonl.
 
 Why Muon: in trials of 200 s on an earlier form of the problems (canvas 128, 64 rows), its loss after 168 s was 0.65 where
 AdamW's (3e-3) was about 0.80.

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import djax
+from djax.benchmarks import ladder
 from djax.checkpoint import SHIPPED
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +43,7 @@ def test_python_blocks_print_what_the_readme_says(tmp_path, monkeypatch):
 def test_commands():
     """Every `djax` command of the README, without the installing before it."""
     commands = re.findall(r"^(?:.*&& )?(djax .*)$", "\n".join(code for language, code in BLOCKS if language == "bash"), re.M)
-    assert len(commands) == 3
+    assert len(commands) == 6
     for command in commands:
         arguments = [sys.executable, "-m", "djax.cli", *shlex.split(command)[1:]]
         done = subprocess.run(arguments, capture_output=True, text=True, cwd="/", env=os.environ)
@@ -51,11 +52,12 @@ def test_commands():
             assert "#### 30" in done.stdout
 
 
-def test_the_table_is_made_from_the_results():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import small_model
-
-    assert small_model.with_table(README) == README
+def test_the_ladder_is_made_from_the_results(tmp_path):
+    results = ROOT / "benchmarks" / "results"
+    (tmp_path / "ladder.jsonl").write_bytes((results / "ladder.jsonl").read_bytes())
+    (tmp_path / "README.md").write_text(README)
+    assert ladder.finish(tmp_path, tmp_path / "README.md") == (results / "ladder.md").read_text()
+    assert (tmp_path / "README.md").read_text() == README
 
 
 def test_the_readme_names_what_there_is():
