@@ -100,10 +100,13 @@ def test_recording_changes_nothing_and_replays_the_decode(moe_a):
 
 
 def test_smoothing_without_weight_is_none(moe_a):
-    still = djax.Smoothing(first=0.0, growth=0.0, last=0.0)
-    for prompt in prompts(8):
-        options = dict(EVERYTHING, decoder=djax.Fixed(2), cache=djax.Vicinity(4, 4, warmup=2))
-        assert facts(djax.generate(moe_a, prompt, smoothing=still, **options)) == facts(djax.generate(moe_a, prompt, **options))
+    """With a ramp only for decoders that compare with no threshold: dInfer's ramp begins at 1, whatever the weight."""
+    options = dict(EVERYTHING, cache=djax.Vicinity(4, 4, warmup=2))
+    for decoder, decay in ((djax.Fixed(2), 0.02), (djax.Threshold(0.4), None)):
+        still = djax.Smoothing(first=0.0, growth=0.0, last=0.0, threshold_decay=decay)
+        for prompt in prompts(8):
+            plain = djax.generate(moe_a, prompt, decoder=decoder, **options)
+            assert facts(djax.generate(moe_a, prompt, decoder=decoder, smoothing=still, **options)) == facts(plain)
 
 
 def test_sampling_draws_what_the_row_draws_alone(moe_a):
