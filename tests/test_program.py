@@ -30,6 +30,17 @@ def prompts(seed, lengths=(5, 17, 60)):
     return [rng.integers(0, 300, n).tolist() for n in lengths]
 
 
+@pytest.fixture(scope="module")
+def tiny():
+    return tiny_model()
+
+
+def short_prompts(seed):
+    """For the tiny model, in one bucket of canvas lengths."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, CONFIG.eos_id, n).tolist() for n in (5, 17, 30)]
+
+
 def facts(out):
     return out.canvas.tolist(), out.forwards, out.refreshes
 
@@ -99,14 +110,14 @@ def test_recording_changes_nothing_and_replays_the_decode(moe_a):
         np.testing.assert_array_equal(trace.canvas(traced.canvas, n, traced.forwards, 0), traced.canvas)
 
 
-def test_smoothing_without_weight_is_none(moe_a):
+def test_smoothing_without_weight_is_none(tiny):
     """With a ramp only for decoders that compare with no threshold: dInfer's ramp begins at 1, whatever the weight."""
     options = dict(EVERYTHING, cache=djax.Vicinity(4, 4, warmup=2))
     for decoder, decay in ((djax.Fixed(2), 0.02), (djax.Threshold(0.4), None)):
         still = djax.Smoothing(first=0.0, growth=0.0, last=0.0, threshold_decay=decay)
-        for prompt in prompts(8):
-            plain = djax.generate(moe_a, prompt, decoder=decoder, **options)
-            assert facts(djax.generate(moe_a, prompt, decoder=decoder, smoothing=still, **options)) == facts(plain)
+        for prompt in short_prompts(8):
+            plain = djax.generate(tiny, prompt, decoder=decoder, **options)
+            assert facts(djax.generate(tiny, prompt, decoder=decoder, smoothing=still, **options)) == facts(plain)
 
 
 def test_sampling_draws_what_the_row_draws_alone(moe_a):
@@ -120,19 +131,19 @@ def test_sampling_draws_what_the_row_draws_alone(moe_a):
     assert [facts(o) for o in both] == [alone[0], other, alone[0]], "one seed a prompt"
 
 
-def test_vicinity_without_reach_or_warmup_is_dual(moe_a):
-    for prompt in prompts(2):
+def test_vicinity_without_reach_or_warmup_is_dual(tiny):
+    for prompt in short_prompts(2):
         options = dict(EVERYTHING, decoder=djax.Threshold(0.4))
-        dual = djax.generate(moe_a, prompt, cache=djax.Dual(), **options)
-        vicinity = djax.generate(moe_a, prompt, cache=djax.Vicinity(0, 0, warmup=0), **options)
+        dual = djax.generate(tiny, prompt, cache=djax.Dual(), **options)
+        vicinity = djax.generate(tiny, prompt, cache=djax.Vicinity(0, 0, warmup=0), **options)
         assert facts(dual) == facts(vicinity)
 
 
-def test_a_threshold_above_one_takes_one_token_a_forward(moe_a):
+def test_a_threshold_above_one_takes_one_token_a_forward(tiny):
     """Up to dInfer's slack of 1e-5, which random weights do not come near."""
-    for prompt in prompts(4):
-        over = djax.generate(moe_a, prompt, decoder=djax.Threshold(1.5), early_stop=False, **EVERYTHING)
-        one = djax.generate(moe_a, prompt, decoder=djax.Fixed(1), early_stop=False, **EVERYTHING)
+    for prompt in short_prompts(4):
+        over = djax.generate(tiny, prompt, decoder=djax.Threshold(1.5), early_stop=False, **EVERYTHING)
+        one = djax.generate(tiny, prompt, decoder=djax.Fixed(1), early_stop=False, **EVERYTHING)
         assert facts(over) == facts(one)
         assert one.forwards == 32
 
