@@ -8,13 +8,13 @@ ladder.md and ladder.png are made from those lines alone.
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from djax.benchmarks.circumstances import circumstances
+from djax.benchmarks.report import read_lines, with_part, write, write_lines
 from djax.errors import OptionError
 from djax.training.evaluate import difference
 
@@ -106,7 +106,7 @@ def measure(
     file = out / "ladder.jsonl"
     if file.exists() and not resume:
         raise OptionError(f"--out: {file} exists; give --resume to go on with it, or remove it")
-    lines = read(file) if file.exists() else []
+    lines = read_lines(file) if file.exists() else []
     this = {"problems": len(problems), "gen_length": GEN_LENGTH, "batch": BATCH, "model": repr(model)}
     for line in lines:
         for name, value in this.items():
@@ -136,15 +136,11 @@ def measure(
                 | dataclasses.asdict(report)
                 | now
             )
-            _write(file, "".join(json.dumps(line) + "\n" for line in lines))
+            write_lines(file, lines)
             note(
                 f"{rung.name}, {decoder}: {report.accuracy:.1%}, {report.tokens_per_forward:.2f} tokens/forward "
                 f"({report.decode_seconds:.0f} s)"
             )
-
-
-def read(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def front(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -328,31 +324,14 @@ def draw(lines: list[dict[str, Any]], file: Path) -> None:
     os.replace(partial, file)
 
 
-BEGIN, END = "<!-- djax bench ladder writes this -->", "<!-- end of ladder -->"
-
-
-def with_table(readme: str, lines: list[dict[str, Any]]) -> str:
-    """A README with what stands between its two marks made anew: the steps of the ladder and what they were measured on."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise OptionError(f"--readme: expected one line {BEGIN} and one line {END}")
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{summary(lines)}\n{END}{rest.split(END)[1]}"
-
-
 def finish(out: Path, readme: Path | None) -> str:
     """ladder.md, ladder.png and the README's tables from ladder.jsonl, rung by rung. Returns the Markdown."""
     order = [(rung.name, decoder) for rung in RUNGS for decoder in rung.decoders]
-    lines = read(out / "ladder.jsonl")
+    lines = read_lines(out / "ladder.jsonl")
     lines.sort(key=lambda x: order.index(point) if (point := (x["rung"], x["decoder"])) in order else len(order))
     text = markdown(lines)
-    _write(out / "ladder.md", text)
+    write(out / "ladder.md", text)
     draw(lines, out / "ladder.png")
     if readme is not None:
-        _write(readme, with_table(readme.read_text(), lines))
+        write(readme, with_part(readme.read_text(), "ladder", summary(lines)))
     return text
-
-
-def _write(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text(text)
-    os.replace(partial, file)

@@ -4,8 +4,6 @@ djax bench soft-top --out benchmarks/results
 """
 
 import dataclasses
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from djax.benchmarks.circumstances import circumstances
+from djax.benchmarks.report import write_lines
 
 TOPS = (1, 2, 4, 8, 16, 32)
 
@@ -49,10 +48,7 @@ def measure(model: Any, problems: list[Any], out: Path, note: Callable[[str], No
             f"{this.accuracy:.1%} against {base.accuracy:.1%} ({100 * low:+.1f} to {100 * high:+.1f} points), tokens/forward "
             f"{this.tokens_per_forward:.2f} against {base.tokens_per_forward:.2f}"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    partial = out / f".soft_top.jsonl.{os.getpid()}"
-    partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    os.replace(partial, out / "soft_top.jsonl")
+    write_lines(out / "soft_top.jsonl", lines)
     return lines
 
 

@@ -20,6 +20,7 @@ from djax.generate import Generation, Timing, generate
 from djax.model import Model, logits
 from djax.presets import preset
 from djax.pytree import pytree
+from djax.sharding import mesh
 from djax.smoothing import Smoothing
 from djax.trace import Trace
 
@@ -53,6 +54,7 @@ __all__ = [
     "generate",
     "load",
     "logits",
+    "mesh",
     "preset",
     "pytree",
     "save",

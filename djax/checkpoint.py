@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.sharding import Mesh, Sharding
 
-from djax import text
+from djax import sharding, text
 from djax.convert import TABLES, rules, safetensors_files
 from djax.convert.safetensors_files import TensorFiles
 from djax.errors import CheckpointError, OptionError, PathError, UnsupportedModelError
@@ -35,25 +36,28 @@ _STORED = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.
 _MASK_TEXTS = ("<|mask|>", "<|mdm_mask|>")
 
 
-def load(path: str | os.PathLike | None = None, *, dtype: str | None = None) -> Model:
+def load(path: str | os.PathLike | None = None, *, dtype: str | None = None, mesh: Mesh | None = None) -> Model:
     """Load a model.
 
     path:  None for the small model that ships with djax; a HF directory (config.json, safetensors in one file or in
            shards, tokenizer.json); or a directory written by `save`.
     dtype: "float32" or "bfloat16" for the parameters; None takes what the config says (torch_dtype), float16 and
            float64 as float32.
+    mesh:  None for one device; `djax.mesh(model=8)` splits heads, experts and vocabulary over eight, each of which reads only
+           its part. `djax.generate` is the same.
 
     Tensors are read one at a time and without torch. Every tensor must be used exactly once and every parameter filled
-    exactly once. Raises `PathError`, `CheckpointError` (with all that is wrong) or `UnsupportedModelError`.
+    exactly once. Raises `OptionError` (for a mesh that does not fit the model, too), `PathError`, `CheckpointError` (with all
+    that is wrong) or `UnsupportedModelError`.
     """
     _known_dtype(dtype)
     directory = _directory(path)
     family, config, hf, tokenizer = _describe(directory)
     if (directory / MANIFEST).is_file():
-        params, stored = _restore(directory, family, config, dtype)
+        params, stored = _restore(directory, family, config, dtype, mesh)
     else:
-        params, stored = _read_hf(directory, family, config, hf, dtype)
-    return Model(family, config, params, tokenizer, hf, stored)
+        params, stored = _read_hf(directory, family, config, hf, dtype, mesh)
+    return Model(family, config, params, tokenizer, hf, stored, mesh)
 
 
 def inspect(path: str | os.PathLike | None = None) -> dict[str, Any]:
@@ -155,6 +159,23 @@ def _shapes(family: ModuleType, config: Any, dtype: Any) -> dict[tuple, jax.Shap
     return traverse_util.flatten_dict(nn.meta.unbox(family.abstract(config, dtype)))
 
 
+def _places(family: ModuleType, config: Any, mesh: Mesh | None) -> dict[tuple, Sharding]:
+    """Where each parameter goes."""
+    boxed = family.abstract(config, jnp.float32)
+    axes = {path: tuple(spec) for path, spec in traverse_util.flatten_dict(nn.get_partition_spec(boxed)).items()}
+    if mesh is None:
+        return dict.fromkeys(axes, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    shapes = {path: a.shape for path, a in traverse_util.flatten_dict(nn.meta.unbox(boxed)).items()}
+    return sharding.place(sharding.check(mesh), axes, shapes)
+
+
+def abstract(family: ModuleType, config: Any, dtype: Any, mesh: Mesh | None) -> Any:
+    """The parameters' tree without values, each leaf a `ShapeDtypeStruct` that knows where it goes."""
+    places, shapes = _places(family, config, mesh), _shapes(family, config, dtype)
+    flat = {path: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=places[path]) for path, a in shapes.items()}
+    return traverse_util.unflatten_dict(flat)
+
+
 def _parameter_dtype(hf: dict, stored: dict[str, str], wish: str | None) -> Any:
     if wish is not None:
         return DTYPES[wish]
@@ -164,12 +185,15 @@ def _parameter_dtype(hf: dict, stored: dict[str, str], wish: str | None) -> Any:
     return DTYPES.get(declared, jnp.float32)
 
 
-def _read_hf(directory: Path, family: ModuleType, config: Any, hf: dict, dtype: str | None) -> tuple[Any, dict[str, str]]:
+def _read_hf(
+    directory: Path, family: ModuleType, config: Any, hf: dict, dtype: str | None, mesh: Mesh | None
+) -> tuple[Any, dict[str, str]]:
+    places = _places(family, config, mesh)
     with TensorFiles(directory) as files:
         table, stored = _match(family, config, files)
         target = _parameter_dtype(hf, stored, dtype)
         shapes = {path: leaf.shape for path, leaf in _shapes(family, config, target).items()}
-        flat = {path: jax.device_put(leaf) for path, leaf in rules.load(table, shapes, target, files.read)}
+        flat = {path: jax.device_put(leaf, places[path]) for path, leaf in rules.load(table, shapes, target, files.read)}
     return traverse_util.unflatten_dict(flat), stored
 
 
@@ -208,16 +232,15 @@ def save(model: Model, directory: str | os.PathLike) -> None:
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
-def _restore(directory: Path, family: ModuleType, config: Any, dtype: str | None) -> tuple[Any, dict[str, str]]:
+def _restore(
+    directory: Path, family: ModuleType, config: Any, dtype: str | None, mesh: Mesh | None
+) -> tuple[Any, dict[str, str]]:
     from orbax.checkpoint.experimental import v1 as orbax
 
     manifest = _manifest(directory)
     saved = DTYPES[manifest["dtype"]]
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    flat = _shapes(family, config, saved)
-    wanted = {path: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device) for path, a in flat.items()}
     try:
-        params = orbax.load(directory.resolve() / ORBAX, traverse_util.unflatten_dict(wanted))
+        params = orbax.load(directory.resolve() / ORBAX, abstract(family, config, saved, mesh))
     except Exception as error:  # Orbax raises many kinds for a damaged directory; all mean the same to a user
         raise CheckpointError(f"{directory}: the Orbax checkpoint cannot be restored: {error}") from error
     target = DTYPES[dtype] if dtype is not None else saved

@@ -363,10 +363,44 @@ class SoftTop:
 
 
 @dataclasses.dataclass
+class Compile:
+    """Compile LLaDA-MoE-7B's decode for GPUs that need not be there, and say what the program is.
+
+    djax bench compile --devices 1 8 --out benchmarks/results --readme README.md
+
+    Needs XLA's GPU compiler: pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt, of jaxlib's version.
+    """
+
+    out: Annotated[Path, arg(metavar="DIR")]
+    """Where compile.jsonl goes."""
+    target: str = "h100"
+    """The GPU: h100."""
+    devices: tuple[int, ...] = (1, 8)
+    """Over how many of them the model is split."""
+    readme: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Also write the table into this Markdown file, between its two marks."""
+
+    def run(self, console: Console) -> None:
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")  # nothing runs on a GPU
+        from djax.benchmarks import compile as benchmark
+
+        print(benchmark.run(self.target, list(self.devices), self.out, self.readme, _note(console)))
+
+
+Benchmark = (
+    Annotated[Ladder, subcommand("ladder")]
+    | Annotated[SoftTop, subcommand("soft-top")]
+    | Annotated[Compile, subcommand("compile")]
+)
+
+
+@dataclasses.dataclass
 class Bench:
     """Measure again what the README says."""
 
-    of: Annotated[Annotated[Ladder, subcommand("ladder")] | Annotated[SoftTop, subcommand("soft-top")], arg(name="")]
+    of: Annotated[Benchmark, arg(name="")]
 
     def run(self, console: Console) -> None:
         self.of.run(console)

@@ -15,10 +15,11 @@ from djax.compilation import enable_cache
 from djax.decoding import Threshold
 from djax.decoding.contract import Decoder
 from djax.errors import TripCapError
-from djax.model import Model, exact_products
+from djax.model import Model, computing
 from djax.program import Request, Rows, decode
 from djax.pytree import classes
 from djax.request import Asked, does_not_fit, prepare
+from djax.sharding import over_rows
 from djax.smoothing import Smoothing
 from djax.trace import Trace
 
@@ -139,9 +140,11 @@ def compiled(model: Model, asked: Asked, ask: Request) -> tuple[Any, float]:
     if len(_programs) == _MOST_PROGRAMS:
         del _programs[next(iter(_programs))]
     # A function of its own, so that jax's caches let go of it with the program.
-    program = jax.jit(partial(decode, **statics))
-    with exact_products(model.dtype):
-        made = program.lower(model.params, ask, *asked.plugs).compile()
+    program = partial(decode, **statics)
+    if model.mesh is not None:
+        program = over_rows(program, model.mesh, ask)
+    with computing(model):
+        made = jax.jit(program).lower(model.params, ask, *asked.plugs).compile()
     _programs[key] = made
     return made, time.perf_counter() - began
 
@@ -150,8 +153,7 @@ def _run(model: Model, asked: Asked, ask: Request) -> list[Generation]:
     try:
         program, compiling = compiled(model, asked, ask)
         began = time.perf_counter()
-        last = program(model.params, ask, *asked.plugs)
-        rows = jax.device_get(last.rows._replace(decoder=(), soft=()))
+        rows = jax.device_get(program(model.params, ask, *asked.plugs))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise does_not_fit(ask, "more memory than the device has left") from error

@@ -1,8 +1,10 @@
 """A model as a value: family, config, parameters, tokenizer."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -10,9 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from djax.compilation import enable_cache
 from djax.errors import CanvasError, PromptError
+from djax.sharding import DATA
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,6 +25,7 @@ class Model:
 
     hf_config: config.json as read, carried along for export. stored: dtype name of each HF tensor in the checkpoint the
     parameters came from, so that an export is bit-equal to it even where the parameters were widened; empty if unknown.
+    mesh: the devices the parameters lie on (`djax.mesh`); None for one.
     """
 
     family: ModuleType
@@ -29,6 +34,7 @@ class Model:
     tokenizer: Any
     hf_config: Mapping[str, Any]
     stored: Mapping[str, str]
+    mesh: Mesh | None = None
 
     @property
     def parameter_count(self) -> int:
@@ -37,6 +43,16 @@ class Model:
     @property
     def parameter_bytes(self) -> int:
         return sum(a.nbytes for a in jax.tree.leaves(self.params))
+
+    @property
+    def bytes_per_device(self) -> int:
+        leaves = jax.tree.leaves(self.params)
+        return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts the rows of a batch are split."""
+        return 1 if self.mesh is None else self.mesh.shape[DATA]
 
     @property
     def dtype(self) -> Any:
@@ -49,10 +65,16 @@ class Model:
         return f"Model({name}, {self.parameter_count:,} parameters, {self.dtype}, {ids})"
 
 
-def exact_products(dtype: Any) -> AbstractContextManager:
-    """Full float32 products for float32 parameters, which GPUs would otherwise round to TF32; the platform's own choice
-    for bfloat16, whose products are exact in float32 anyway."""
-    return jax.default_matmul_precision("highest") if dtype == jnp.float32 else nullcontext()
+@contextmanager
+def computing(model: Model) -> Iterator[None]:
+    """What a model's programs are traced under: its mesh, and full float32 products for float32 parameters, which GPUs would
+    otherwise round to TF32; the platform's own choice for bfloat16, whose products are exact in float32 anyway."""
+    with contextlib.ExitStack() as stack:
+        if model.dtype == jnp.float32:
+            stack.enter_context(jax.default_matmul_precision("highest"))
+        if model.mesh is not None:
+            stack.enter_context(jax.set_mesh(model.mesh))
+        yield
 
 
 @partial(jax.jit, static_argnames=("family", "config"))
@@ -81,7 +103,7 @@ def logits(model: Model, tokens: Any, lengths: Any = None) -> jax.Array:
     if not whole or lengths.min() < 1 or lengths.max() > tokens.shape[1]:
         raise PromptError(f"lengths: expected {len(tokens)} integers from 1 to {tokens.shape[1]}, got {lengths.tolist()}")
     enable_cache()
-    with exact_products(model.dtype):
+    with computing(model):
         return _logits(
             model.params, tokens.astype(np.int32), lengths.astype(np.int32), family=model.family, config=model.config
         )

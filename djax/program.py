@@ -74,7 +74,7 @@ class Rows(NamedTuple):
 
 
 class Carry(NamedTuple):
-    """rows: see `Rows`. cache: each layer's (k, v) `[B, L, G, K]`, () without a cache. trips: turns so far, scalar."""
+    """rows: see `Rows`. cache: each layer's (k, v) `[B, G, L * K]`, () without a cache. trips: turns so far, scalar."""
 
     rows: Rows
     cache: tuple
@@ -171,13 +171,13 @@ def decode(
     block: int,
     sampled: bool,
     traced: bool,
-) -> Carry:
+) -> Rows:
     """The program: from masks to tokens in one `while_loop`.
 
     A turn runs the whole canvas of each row whose policy asks for it, one row at a time (an inner loop: a refresh then
     costs nothing to rows that need none, and the cache is updated in place), then one window step for all rows.
-    Returns the last carry; `rows.active` there is true only for rows that hit the cap on turns. What stands after the star is
-    static.
+    Returns the rows as they end, less what only the loop needs; `active` is true only for rows that hit the cap on turns. What
+    stands after the star is static.
     """
     batch, length = ask.tokens.shape
     before, after = reach(policy, length)
@@ -267,7 +267,8 @@ def decode(
         soft=() if smoothing is None else family.embed(params, config, ask.tokens),
     )
     cache = family.empty_cache(params, config, batch, length) if policy.keeps else ()
-    return jax.lax.while_loop(lambda c: jnp.any(c.rows.active) & (c.trips < ask.cap), turn, Carry(rows, cache, jnp.int32(0)))
+    last = jax.lax.while_loop(lambda c: jnp.any(c.rows.active) & (c.trips < ask.cap), turn, Carry(rows, cache, jnp.int32(0)))
+    return last.rows._replace(decoder=(), soft=())
 
 
 def _per_row(ask: Request, f: Any) -> Request:

@@ -79,7 +79,7 @@ def prepare(
     asks = [
         request(
             *(ids[i : i + group], seeds[i : i + group], model.config),
-            rows=group,
+            rows=-(-group // model.parts) * model.parts,
             gen_length=lengths[i : i + group],
             min_gen_length=least[i : i + group],
             block=block_length,
@@ -180,9 +180,11 @@ def request(
 def _check_memory(model: Model, ask: Request, plugs: Plugs, block: int) -> None:
     """Refuse a batch whose carry and largest activations cannot fit the device; an estimate from below."""
     (rows, length), c = ask.tokens.shape, model.config
-    carried = sum(carried_bytes(model, ask, plugs, block).values())
-    logits = 4 * rows * block * c.vocab if plugs[1].keeps else 4 * block * c.vocab
-    need = model.parameter_bytes + carried + logits + 4 * c.heads * length * length
+    # Under a mesh an estimate further from below: as if all of this were split evenly, too.
+    devices = 1 if model.mesh is None else model.mesh.size
+    carried = sum(carried_bytes(model, ask, plugs, block).values()) // devices
+    logits = (4 * rows * block * c.vocab if plugs[1].keeps else 4 * block * c.vocab) // devices
+    need = model.bytes_per_device + carried + logits + 4 * c.heads * length * length // devices
     have = device_memory()
     if need > have:
         raise does_not_fit(ask, f"at least {need / 2**30:.1f} GiB, the device has {have / 2**30:.1f} GiB")

@@ -16,6 +16,7 @@ import djax
 from djax import text
 from djax.benchmarks import ladder, oracle, soft_top
 from djax.benchmarks.ladder import Rung
+from djax.benchmarks.report import with_part
 from djax.errors import OptionError
 from djax.model import Model
 from djax.models import llada_moe
@@ -23,6 +24,7 @@ from djax.request import bucket
 from djax.training.evaluate import Report, difference, wilson
 from djax.training.problems import held_out
 
+BEGIN, END = "<!-- djax bench ladder writes this -->", "<!-- end of ladder -->"
 PROBLEMS = held_out(4, seed=2)
 RUNGS = (Rung("threshold", ladder.thresholds(0.9, 0.99, 0.2)), Rung("dual", ("Threshold(0.9)",), "Dual()", block_length=64))
 POINTS = [(rung.name, decoder) for rung in RUNGS for decoder in rung.decoders]
@@ -167,7 +169,7 @@ def test_what_is_measured_is_not_lost_by_accident(measured, speaker, monkeypatch
 def test_tables_and_picture(measured, tmp_path):
     (tmp_path / "ladder.jsonl").write_bytes((measured.out / "ladder.jsonl").read_bytes())
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{ladder.BEGIN}\nstale\n{ladder.END}\nafter\n")
+    readme.write_text(f"before\n{BEGIN}\nstale\n{END}\nafter\n")
     page = ladder.finish(tmp_path, readme)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "ladder.jsonl", "ladder.md", "ladder.png"]
     assert (tmp_path / "ladder.md").read_text() == page
@@ -190,18 +192,18 @@ def test_tables_and_picture(measured, tmp_path):
     assert len(np.unique(picture.reshape(-1, 4), axis=0)) > 20, "it shows something"
 
     new = readme.read_text()
-    assert new.startswith(f"before\n{ladder.BEGIN}\n| | decoder |")
-    assert new.endswith(f"\n{ladder.END}\nafter\n")
+    assert new.startswith(f"before\n{BEGIN}\n| | decoder |")
+    assert new.endswith(f"\n{END}\nafter\n")
     assert "stale" not in new
     assert new.count("`Threshold(0.9)`") == 2, "a row for each rung's step, and none for its sweep"
     assert "Threshold(0.99)" not in new
-    assert ladder.with_table(new, measured.lines) == new
+    assert with_part(new, "ladder", ladder.summary(measured.lines)) == new
 
 
-@pytest.mark.parametrize("readme", ["", ladder.BEGIN, ladder.END, 2 * (ladder.BEGIN + ladder.END)])
-def test_a_readme_without_its_marks_is_left_alone(measured, readme):
+@pytest.mark.parametrize("readme", ["", BEGIN, END, 2 * (BEGIN + END)])
+def test_a_readme_without_its_marks_is_left_alone(readme):
     with pytest.raises(OptionError, match="--readme: expected one line <!-- djax bench ladder writes this --> and one line"):
-        ladder.with_table(readme, measured.lines)
+        with_part(readme, "ladder", "text")
 
 
 @pytest.fixture(scope="module")

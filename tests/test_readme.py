@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 import djax
+from djax.benchmarks import compile as compiling
 from djax.benchmarks import ladder
+from djax.benchmarks.report import read_lines, with_part
 from djax.checkpoint import SHIPPED
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +37,7 @@ def test_python_blocks_print_what_the_readme_says(tmp_path, monkeypatch):
         if printed.getvalue():
             assert following == ("text", printed.getvalue())
         ran += 1
-    assert ran == 2
+    assert ran == 3
     assert names["out"].text.endswith("#### 14")
     assert (tmp_path / "llada-moe-hf" / "model.safetensors").read_bytes() == (SHIPPED / "model.safetensors").read_bytes()
 
@@ -58,6 +60,11 @@ def test_the_ladder_is_made_from_the_results(tmp_path):
     (tmp_path / "README.md").write_text(README)
     assert ladder.finish(tmp_path, tmp_path / "README.md") == (results / "ladder.md").read_text()
     assert (tmp_path / "README.md").read_text() == README
+
+
+def test_the_table_of_compiled_programs_is_made_from_the_results():
+    lines = read_lines(ROOT / "benchmarks" / "results" / "compile.jsonl")
+    assert with_part(README, "compile", compiling.table(lines)) == README
 
 
 def test_the_readme_names_what_there_is():

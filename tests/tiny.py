@@ -24,7 +24,7 @@ CONFIG = llada_moe.Config(
 )
 
 
-def tiny_model(seed=0):
+def tiny_model(seed=0, config=CONFIG):
     """Sharp enough (the head is scaled up) that confidences are anywhere between 0 and 1."""
-    params = llada_moe.init(CONFIG, jax.random.key(seed))
-    return Model(llada_moe, CONFIG, params | {"head": 4 * params["head"]}, None, {}, {})
+    params = llada_moe.init(config, jax.random.key(seed))
+    return Model(llada_moe, config, params | {"head": 4 * params["head"]}, None, {}, {})

@@ -1,9 +1,11 @@
 """The maths every family shares: normalisation, rotary positions, attention over cached and fresh keys."""
 
+from functools import reduce
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 # Finite, so that a query which sees nothing (a padded window position) gives a number instead of NaN.
 HIDDEN = -1e30
@@ -12,12 +14,33 @@ HIDDEN = -1e30
 class Cache(NamedTuple):
     """Keys and values of a whole canvas, read-only between refreshes.
 
-    layers: one (k, v) a layer, each `[B, L, G, K]` in the parameters' dtype; k after rotary.
+    layers: one (k, v) a layer, each `[B, G, L * K]` in the parameters' dtype; k after rotary. By head, as attention reads
+            them, and flat, so that XLA cannot give them another layout where they are written than where they are read,
+            and copy them at every turn in between.
     visible: bool `[B, L]`, the cached positions this call may attend to.
     """
 
     layers: tuple[tuple[jax.Array, jax.Array], ...]
     visible: jax.Array
+
+
+def replicated(x: jax.Array) -> jax.Array:
+    """x, whole on every device of the mesh's model axis: where a sum over heads or experts is made. x without a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*(None,) * x.ndim))
+
+
+def by_head(x: jax.Array) -> jax.Array:
+    """Keys or values `[B, G, L * K]`, split over the mesh's model axis by head as the projections that make them are."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(None, "model", None))
+
+
+def flat(x: jax.Array) -> jax.Array:
+    """Keys or values `[B, G, L, K]` as a cache holds them."""
+    return x.reshape(*x.shape[:2], -1)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -52,27 +75,29 @@ def attend(
 ) -> jax.Array:
     """Bidirectional attention of a window over [visible cached positions] and [its own valid positions].
 
-    q `[B, W, H, K]`; k, v `[B, W, G, K]`, H a multiple of G; valid bool `[B, W]`; cached (k, v) `[B, L, G, K]` with
-    visible bool `[B, L]`. Returns `[B, W, H, K]`. Scores and softmax are float32. The two score blocks are joined
-    before one softmax, so that cached and fresh keys compete exactly as they would in a full forward.
+    q `[B, W, H, K]`; k, v `[B, G, W, K]`, H a multiple of G; valid bool `[B, W]`; cached (k, v) `[B, G, L * K]` with
+    visible bool `[B, L]`. Returns `[B, W, H, K]`. Scores and softmax are float32, one softmax over cached and fresh keys
+    together, so that they compete exactly as they would in a full forward.
     """
     batch, window, heads, head_dim = q.shape
-    groups = k.shape[2]
+    groups = k.shape[1]
     q = q.reshape(batch, window, groups, heads // groups, head_dim)
 
-    def scores(keys: jax.Array, seen: jax.Array) -> jax.Array:
-        s = jnp.einsum("bwghk,blgk->bghwl", q, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
+    def scores(q: jax.Array, keys: jax.Array, seen: jax.Array) -> jax.Array:
+        s = jnp.einsum("bwghk,bglk->bghwl", q, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
         return jnp.where(seen[:, None, None, None, :], s, HIDDEN)
 
-    def weigh(p: jax.Array, values: jax.Array) -> jax.Array:
-        return jnp.einsum("bghwl,blgk->bwghk", p.astype(v.dtype), values, preferred_element_type=jnp.float32)
-
-    if cached is None:
-        out = weigh(jax.nn.softmax(scores(k, valid), axis=-1), v)
-    else:
-        cached_k, cached_v = cached
-        p = jax.nn.softmax(jnp.concatenate([scores(cached_k, visible), scores(k, valid)], axis=-1), axis=-1)
-        length = cached_k.shape[1]
-        # Both parts stay float32 until they are summed: in bfloat16 they are rounded once, as one product would be.
-        out = weigh(p[..., :length], cached_v) + weigh(p[..., length:], v)
-    return out.astype(v.dtype).reshape(batch, window, heads, head_dim)
+    parts = [(scores(q, k, valid), v)]
+    if cached is not None:
+        cached_k, cached_v = (a.reshape(batch, groups, -1, head_dim) for a in cached)
+        # XLA would join two products with one left side, and copy the cache beside the window's keys to do so.
+        parts.append((scores(jax.lax.optimization_barrier(q), cached_k, visible), cached_v))
+    top = reduce(jnp.maximum, (jnp.max(s, axis=-1, keepdims=True) for s, _ in parts))
+    weights = [jnp.exp(s - top) for s, _ in parts]
+    total = sum(jnp.sum(p, axis=-1) for p in weights)
+    out = sum(
+        jnp.einsum("bghwl,bglk->bghwk", p.astype(v.dtype), values, preferred_element_type=jnp.float32)
+        for p, (_, values) in zip(weights, parts, strict=True)
+    )
+    out = (out / total[..., None]).astype(v.dtype)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, window, heads, head_dim)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from djax.errors import UnsupportedModelError
 from djax.models import moe
-from djax.models.layers import Cache, attend, rms_norm, rotary_angles, rotate
+from djax.models.layers import Cache, attend, by_head, flat, replicated, rms_norm, rotary_angles, rotate
 
 ARCHITECTURES = ("LLaDAMoEModelLM", "LLaDAMoEModel")
 # LLaDA-MoE's config.json has no mask id. Its tokenizer has; these are what the model card uses, for checkpoints without one.
@@ -184,9 +184,10 @@ class Layer(nn.Module):
         )
         q = rotate(rms_norm(q, scale("q_norm", c.head_dim, "head_dim"), c.eps), *angles)
         k = rotate(rms_norm(k, scale("k_norm", c.head_dim, "head_dim"), c.eps), *angles)
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         o = matrix("o", (c.heads, c.head_dim, c.width), ("heads", "head_dim", "embed"), c.heads * c.head_dim)
         x = x + jnp.einsum("bwhk,hkd->bwd", attend(q, k, v, valid, cached, visible), o)
-        x = nn.with_logical_constraint(x, ("batch", None, None))
+        x = replicated(x)
 
         h = rms_norm(x, scale("expert_norm", c.width, "embed"), c.eps).reshape(batch * window, c.width)
         router = matrix("router", (c.width, c.experts), ("embed", None), c.width)
@@ -197,8 +198,7 @@ class Layer(nn.Module):
         # Collected only where a caller asks for it (the trainer's load-balancing loss).
         self.sow("routing", "choice", (probs, ids))
         y = moe.experts(h, weights, ids, w_in, w_out, flat_valid)
-        x = nn.with_logical_constraint(x + y.reshape(x.shape), ("batch", None, None))
-        return x, (k, v)
+        return replicated(x + y.reshape(x.shape)), (flat(k), flat(v))
 
 
 def _scaled(axes: tuple[str, ...], fan_in: int) -> Any:
@@ -232,7 +232,7 @@ def trunk(
     x `[B, W, D]`; positions int32 `[B, W]`, absolute; valid bool `[B, W]`, false where the window holds padding: such
     a position is seen by nobody and its output means nothing. With `cache` the window also attends to the cached
     positions that are visible (hide the window's own there).
-    Returns the normalised output `[B, W, D]` and each layer's fresh (k, v), `[B, W, G, K]`, k after rotary.
+    Returns the normalised output `[B, W, D]` and each layer's fresh (k, v), `[B, G, W * K]`, k after rotary.
     Law: a window over tokens unchanged since the cache was filled gives the full forward's output at its positions.
     """
     return LLaDAMoE(config).apply({"params": params}, x, positions, valid, cache, method="trunk")
@@ -273,7 +273,7 @@ def trunk_with_routing(
 
 
 def empty_cache(params: Any, config: Config, batch: int, length: int) -> tuple[tuple[jax.Array, jax.Array], ...]:
-    """Zeroed keys and values of a canvas: one (k, v) a layer, `[B, L, G, K]` in the parameters' dtype."""
-    shape = (batch, length, config.groups, config.head_dim)
+    """Zeroed keys and values of a canvas: one (k, v) a layer, `[B, G, L * K]` in the parameters' dtype."""
+    shape = (batch, config.groups, length * config.head_dim)
     dtype = params["embedding"].dtype
-    return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers))
+    return tuple((by_head(jnp.zeros(shape, dtype)), by_head(jnp.zeros(shape, dtype))) for _ in range(config.layers))

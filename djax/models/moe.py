@@ -8,6 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 
 def route(x: jax.Array, router: jax.Array, top: int, renormalise: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -37,13 +38,12 @@ def experts(x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: jax.Array, w
 
     x `[T, D]`, weights float32 `[T, J]`, ids int32 `[T, J]`, w_in `[E, D, 2F]` (gate, then up), w_out `[E, F, D]`,
     valid bool `[T]`: rows that are padding get an arbitrary finite value and, where the back end can, cost nothing.
-    The back end is chosen when the program is lowered, from platform and token count: every weight is read anyway
-    by the few hundred tokens of a window step, so on an accelerator one dense product is at the memory roofline and
-    its surplus FLOPs are free; on a CPU, and for a whole canvas, only the chosen experts are worth computing. The
-    border for accelerators is reckoned from an H100's FLOPs a byte, not measured.
+    The back end is chosen when the program is lowered, from the platform: on an accelerator every weight is read anyway by
+    the few hundred tokens of a window step, so dense products are at the memory roofline and their surplus FLOPs are free;
+    on a CPU only the chosen experts are worth computing. Under a mesh the experts are split over its model axis, and their
+    sum is what the caller constrains to replicated.
     """
-    accelerator = dense if x.shape[0] <= 1024 else grouped
-    return jax.lax.platform_dependent(x, weights, ids, w_in, w_out, valid, cpu=grouped, default=accelerator)
+    return jax.lax.platform_dependent(x, weights, ids, w_in, w_out, valid, cpu=grouped, default=dense)
 
 
 def plain(x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array, valid: jax.Array) -> jax.Array:
@@ -54,19 +54,49 @@ def plain(x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: jax.Array, w_o
     return combine(y, weights)
 
 
-def dense(x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array, valid: jax.Array) -> jax.Array:
-    """Every expert on every token, the unchosen ones weighted 0: one product in, one product out."""
+def dense(
+    x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array, valid: jax.Array, chunk: int = 2048
+) -> jax.Array:
+    """Every expert on every token, the unchosen ones weighted 0: one product in, one product out.
+
+    More tokens than `chunk` go in turns: `[E, T, 2F]` is the largest array there is.
+    """
     del valid
     count = w_in.shape[0]
-    gates = jnp.sum(jax.nn.one_hot(ids, count, dtype=jnp.float32) * weights[..., None], axis=1)
-    h = gated(jnp.einsum("td,edf->etf", x, w_in)) * gates.T[:, :, None].astype(x.dtype)
-    return jnp.einsum("etf,efd->td", h, w_out)
+
+    def run(part: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        x, weights, ids = part
+        gates = jnp.sum(jax.nn.one_hot(ids, count, dtype=jnp.float32) * weights[..., None], axis=1)
+        h = gated(jnp.einsum("td,edf->etf", x, w_in)) * gates.T[:, :, None].astype(x.dtype)
+        return jnp.einsum("etf,efd->td", h, w_out)
+
+    tokens = x.shape[0]
+    if tokens <= chunk:
+        return run((x, weights, ids))
+    parts = (jnp.pad(a, ((0, -tokens % chunk), (0, 0))).reshape(-1, chunk, a.shape[1]) for a in (x, weights, ids))
+    return jax.lax.map(run, tuple(parts)).reshape(-1, x.shape[1])[:tokens]
 
 
 def grouped(x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array, valid: jax.Array) -> jax.Array:
-    """Tokens sorted by expert and run in tiles of one expert each; nothing dropped, any group sizes, differentiable."""
+    """Tokens sorted by expert and run in tiles of one expert each; nothing dropped, any group sizes, differentiable.
+
+    Under a mesh each device runs the tiles of its own experts, and the partial sums are added.
+    """
     ids = jnp.where(valid[:, None], ids, w_in.shape[0])
-    return combine(sorted_tiles(x, ids, w_in, w_out), weights)
+    if jax.sharding.get_abstract_mesh().shape.get("model", 1) == 1:
+        return combine(sorted_tiles(x, ids, w_in, w_out), weights)
+
+    def own(x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array) -> jax.Array:
+        count = w_in.shape[0]
+        ids = ids - jax.lax.axis_index("model") * count
+        mine = (ids >= 0) & (ids < count)
+        y = combine(sorted_tiles(x, jnp.where(mine, ids, count), w_in, w_out), jnp.where(mine, weights, 0.0))
+        return jax.lax.psum(y, "model")
+
+    split = (P(), P(), P(), P("model"), P("model"))
+    return jax.shard_map(own, in_specs=split, out_specs=P(), axis_names={"model"}, check_vma=False)(
+        x, weights, ids, w_in, w_out
+    )
 
 
 def combine(y: jax.Array, weights: jax.Array) -> jax.Array:

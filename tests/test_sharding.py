@@ -1,0 +1,54 @@
+"""Meshes: the same tokens on one device and on many, parameters where they belong, and meshes that do not fit."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import GOLDENS
+from jax.sharding import Mesh
+
+import djax
+from djax import sharding
+from djax.errors import OptionError
+
+HERE = Path(__file__).parent
+
+
+def test_tokens_are_equal_on_eight_devices():
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", HERE / "on_eight_devices.py"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("equal on")
+
+
+def test_a_mesh_of_one_is_one_device(moe_a):
+    model = djax.load(GOLDENS / "moe_a", mesh=djax.mesh())
+    assert model.bytes_per_device == model.parameter_bytes == moe_a.parameter_bytes
+    options = dict(gen_length=16, block_length=16, cache=djax.Dual())
+    np.testing.assert_array_equal(
+        djax.generate(model, [1, 2], **options).canvas, djax.generate(moe_a, [1, 2], **options).canvas
+    )
+
+
+def test_meshes_that_do_not_fit():
+    with pytest.raises(OptionError, match=r"mesh: data=1 times model=2 takes 2 devices, there are 1 \(cpu\); on a CPU, XLA_FL"):
+        djax.mesh(model=2)
+    with pytest.raises(OptionError, match="model: expected a whole number, at least 1"):
+        djax.mesh(model=0)
+    with pytest.raises(OptionError, match=r"mesh: expected djax.mesh\(model=..., data=...\), or a jax Mesh with the axes"):
+        djax.load(GOLDENS / "moe_a", mesh=Mesh(np.array(jax.devices()), ("x",)))
+    with pytest.raises(OptionError, match=r"mesh: expected djax.mesh\("):
+        djax.load(GOLDENS / "moe_a", mesh=8)
+    three = jax.sharding.AbstractMesh((1, 3), sharding.AXES)
+    sizes = {("q",): (64, 4, 16), ("w_in",): (8, 64, 32), ("head",): (64, 320), ("norm",): (64,)}
+    axes = {("q",): ("embed", "heads", "head_dim"), ("w_in",): ("expert", "embed", None), ("head",): ("embed", "vocab")}
+    with pytest.raises(
+        OptionError, match=r"model=3 does not divide heads 4 \(q\), expert 8 \(w_in\), vocab 320 \(head\); use a"
+    ):
+        sharding.place(three, axes | {("norm",): ("embed",)}, sizes)
