@@ -230,7 +230,7 @@ def table(lines: list[dict[str, Any]]) -> str:
     x = lines[0]
     text += [
         "",
-        f"LLaDA-MoE-7B's shape ({x['model']}), canvas {x['canvas']}, block {x['block']}, vicinity 16/16, credit, bf16, batch 1; "
-        f"XLA of jaxlib {x['jaxlib']}, djax commit {x['commit']}; `{x['command']}`.",
+        f"LLaDA-MoE-7B's shape ({x['model']}), canvas {x['canvas']}, block {x['block']}, vicinity 16/16, credit, bf16, "
+        f"batch 1; XLA of jaxlib {x['jaxlib']}, djax commit {x['commit']}; `{x['command']}`.",
     ]
     return "\n".join(text)
