@@ -71,4 +71,4 @@ def test_the_readme_names_what_there_is():
     for name in re.findall(r"`djax\.(\w+)\(", README):
         assert name in djax.__all__
     for path in re.findall(r"^(?:\S+ .*)?\b((?:djax|convert|configs|benchmarks)/\S*)", README, re.M):
-        assert (ROOT / path.rstrip("`.,")).exists(), path
+        assert (ROOT / path.rstrip("`.,)")).exists(), path
