@@ -52,6 +52,28 @@ def measure(model: Any, problems: list[Any], out: Path, note: Callable[[str], No
     return lines
 
 
+def table(lines: list[dict[str, Any]]) -> str:
+    """Markdown: a row a k."""
+    rows = [
+        "| `top` | embeddings differ (mean, worst) | accuracy, against the whole softmax | tokens/forward |",
+        "|---|---|---|---|",
+    ]
+    for x in lines:
+        difference = f"{100 * x['difference_low']:+.1f} to {100 * x['difference_high']:+.1f} points"
+        rows.append(
+            f"| {x['top']} of {x['vocab']} | {x['error_mean']:.1%}, {x['error_max']:.1%} | "
+            f"{x['accuracy']:.1%} ({difference}) | {x['tokens_per_forward']:.2f} |"
+        )
+    x, whole = lines[0], lines[0]["whole"]
+    rows += [
+        f"| None | 0 | {whole['accuracy']:.1%} | {whole['tokens_per_forward']:.2f} |",
+        "",
+        f"{x['problems']} held-out problems, `Threshold(0.9)`, no cache, block 32; embeddings at the first forward of 25, "
+        f"of their norm; commit {x['commit']}; `{x['command']}`.",
+    ]
+    return "\n".join(rows)
+
+
 def _first_forward(model: Any, problems: list[Any]) -> tuple[jax.Array, np.ndarray]:
     """The trunk's output `[B, L, D]` on canvases of prompt and masks, and which positions are masked, bool `[B, L]`."""
     from djax import text

@@ -353,13 +353,17 @@ class SoftTop:
     """How many problems; the same ones for the same number."""
     model: Checkpoint = None
     """A checkpoint directory; without it, the small model that ships with djax."""
+    readme: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Also write the table into this Markdown file, between its two marks."""
 
     def run(self, console: Console) -> None:
-        from djax.benchmarks import soft_top
+        from djax.benchmarks import report, soft_top
 
         model, problems = _model_and_problems(self.model, self.problems)
-        for line in soft_top.measure(model, problems, self.out, _note(console)):
-            print(json.dumps(line))
+        text = soft_top.table(soft_top.measure(model, problems, self.out, _note(console)))
+        if self.readme is not None:
+            report.write(self.readme, report.with_part(self.readme.read_text(), "soft-top", text))
+        print(text)
 
 
 @dataclasses.dataclass

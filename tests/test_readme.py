@@ -10,9 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import djax
 from djax.benchmarks import compile as compiling
-from djax.benchmarks import ladder
+from djax.benchmarks import ladder, soft_top
 from djax.benchmarks.report import read_lines, with_part
 from djax.checkpoint import SHIPPED
 
@@ -62,9 +64,10 @@ def test_the_ladder_is_made_from_the_results(tmp_path):
     assert (tmp_path / "README.md").read_text() == README
 
 
-def test_the_table_of_compiled_programs_is_made_from_the_results():
-    lines = read_lines(ROOT / "benchmarks" / "results" / "compile.jsonl")
-    assert with_part(README, "compile", compiling.table(lines)) == README
+@pytest.mark.parametrize(("name", "table"), [("compile", compiling.table), ("soft-top", soft_top.table)])
+def test_tables_are_made_from_the_results(name, table):
+    lines = read_lines(ROOT / "benchmarks" / "results" / f"{name.replace('-', '_')}.jsonl")
+    assert with_part(README, name, table(lines)) == README
 
 
 def test_the_readme_names_what_there_is():
