@@ -195,8 +195,9 @@ def test_tables_and_picture(measured, tmp_path):
     assert new.startswith(f"before\n{BEGIN}\n| | decoder |")
     assert new.endswith(f"\n{END}\nafter\n")
     assert "stale" not in new
-    assert new.count("`Threshold(0.9)`") == 2, "a row for each rung's step, and none for its sweep"
-    assert "Threshold(0.99)" not in new
+    assert new.count("| `Threshold(0.9)` |") == 2, "a row for each rung's step, and none for its sweep"
+    assert "| `Threshold(0.99)` |" not in new
+    assert "- At most one point below threshold, `Threshold(0.9)` (" in new
     assert with_part(new, "ladder", ladder.summary(measured.lines)) == new
 
 
