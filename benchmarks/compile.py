@@ -46,10 +46,9 @@ class Target:
     description: str
     bytes_per_second: float
     flops_per_second: float
-    memory: int
 
 
-TARGETS = {"h100": Target("h100.txtpb", 3.35e12, 989e12, 80 * 10**9)}
+TARGETS = {"h100": Target("h100.txtpb", 3.35e12, 989e12)}
 # dInfer on 8 H800 (arXiv 2510.08666): tokens per forward, tokens per second.
 DINFER = ((3.87, 681), (5.67, 847))
 
