@@ -15,6 +15,7 @@ def layouts(c: Any) -> dict[str, list[Rule]]:
 
 def _rest(c: Any) -> list[Rule]:
     queries, keys = c.heads * c.head_dim, c.groups * c.head_dim
+    per_group = c.heads // c.groups
     rules = [
         Rule("model.embed_tokens.weight", (c.vocab, c.width), ("embedding",), transpose=False),
         Rule("model.norm.weight", (c.width,), ("norm",)),
@@ -25,9 +26,9 @@ def _rest(c: Any) -> list[Rule]:
         rules += [
             Rule(f"{hf}.input_layernorm.weight", (c.width,), (layer, "attention_norm")),
             Rule(f"{hf}.post_attention_layernorm.weight", (c.width,), (layer, "expert_norm")),
-            Rule(f"{hf}.self_attn.q_proj.weight", (queries, c.width), (layer, "q")),
-            Rule(f"{hf}.self_attn.k_proj.weight", (keys, c.width), (layer, "k")),
-            Rule(f"{hf}.self_attn.v_proj.weight", (keys, c.width), (layer, "v")),
+            Rule(f"{hf}.self_attn.q_proj.weight", (queries, c.width), (layer, "qkv"), np.s_[:, :, :per_group]),
+            Rule(f"{hf}.self_attn.k_proj.weight", (keys, c.width), (layer, "qkv"), np.s_[:, :, per_group]),
+            Rule(f"{hf}.self_attn.v_proj.weight", (keys, c.width), (layer, "qkv"), np.s_[:, :, per_group + 1]),
             Rule(f"{hf}.self_attn.o_proj.weight", (c.width, queries), (layer, "o")),
             Rule(f"{hf}.self_attn.q_norm.weight", (c.head_dim,), (layer, "q_norm")),
             Rule(f"{hf}.self_attn.k_norm.weight", (c.head_dim,), (layer, "k_norm")),

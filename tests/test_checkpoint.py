@@ -298,5 +298,5 @@ def test_every_parameter_has_logical_axes(moe_a):
     assert axes.keys() == sizes.keys()
     assert all(len(axes[path]) == len(sizes[path]) for path in axes)
     assert axes[("layer_0", "w_in")][0] == "expert"
-    assert axes[("layer_0", "q")][1] == "heads"
+    assert axes[("layer_0", "qkv")][1] == "heads"
     assert axes[("head",)][1] == "vocab"

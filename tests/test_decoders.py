@@ -347,12 +347,12 @@ def test_noise_changes_tokens_but_not_confidence(step):
 
 def test_gumbel_noise_draws_from_the_tempered_softmax():
     """At temperature T the token is distributed as softmax(logits / T), as in LLaDA."""
-    logits = np.array([0.0, 1.0, 2.0, -1.0], np.float32)
+    logits = np.array([0.0, 1.0, 2.0, -1.0, -1e9], np.float32)
     plug, temperature, count = Threshold(0.01), 0.7, 4000
-    where = tick(1, temperature)._replace(mask_id=jnp.int32(-1))
+    where = tick(1, temperature)._replace(mask_id=jnp.int32(4))
     key = jax.random.split(jax.random.key(0), 1)
     _, tokens, _ = plug.step((), jnp.tile(jnp.asarray(logits), (1, count, 1)), jnp.ones((1, count), bool), where, key)
-    seen = np.bincount(np.asarray(tokens)[0], minlength=4) / count
+    seen = np.bincount(np.asarray(tokens)[0], minlength=5) / count
     np.testing.assert_allclose(seen, softmax(logits / temperature), atol=0.03)
 
 

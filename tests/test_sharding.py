@@ -46,8 +46,8 @@ def test_meshes_that_do_not_fit():
     with pytest.raises(OptionError, match=r"mesh: expected djax.mesh\("):
         djax.load(GOLDENS / "moe_a", mesh=8)
     three = jax.sharding.AbstractMesh((1, 3), sharding.AXES)
-    sizes = {("q",): (64, 4, 16), ("w_in",): (8, 64, 32), ("head",): (64, 320), ("norm",): (64,)}
-    axes = {("q",): ("embed", "heads", "head_dim"), ("w_in",): ("expert", "embed", None), ("head",): ("embed", "vocab")}
+    sizes = {("qkv",): (64, 4, 3, 16), ("w_in",): (8, 64, 32), ("head",): (64, 320), ("norm",): (64,)}
+    axes = {("qkv",): ("embed", "heads", None, "head_dim"), ("w_in",): ("expert", "embed", None), ("head",): ("embed", "vocab")}
     with pytest.raises(
         OptionError, match=r"model=3 does not divide heads 4 \(q\), expert 8 \(w_in\), vocab 320 \(head\); use a"
     ):

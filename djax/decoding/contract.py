@@ -69,13 +69,26 @@ def candidates(
         noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:], logits.dtype))(key)
         noisy = logits + tick.temperature * noise
     is_mask_id = (jnp.arange(logits.shape[-1]) == tick.mask_id)[None, None, :]
-    first = jnp.argmax(noisy, axis=-1)
-    second = jnp.argmax(jnp.where(is_mask_id, -jnp.inf, noisy), axis=-1)
-    candidate = masked & (first != tick.mask_id)
+    other, highest = best(jnp.where(is_mask_id, -jnp.inf, noisy))
+    of_mask_id = jnp.take(noisy, tick.mask_id, axis=-1)
+    is_mask = (of_mask_id > highest) | ((of_mask_id == highest) & (tick.mask_id < other))
+    candidate = masked & ~is_mask
     stuck = ~jnp.any(candidate, axis=-1, keepdims=True)
-    tokens = jnp.where(stuck, second, first).astype(jnp.int32)
+    tokens = jnp.where(is_mask & ~stuck, tick.mask_id, other)
     confidence = probability(logits, tokens)
     return tokens, confidence, (candidate | (masked & stuck)) & ~jnp.isnan(confidence)
+
+
+def best(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The token of the highest logit, int32 `[B, S]`, the lowest id on ties, and that logit.
+
+    Two plain reductions: XLA's own argmax carries value and index together, which no CPU vectorises (five times as slow
+    at a vocabulary of 32,000). Ids are exact in float32 below 2**24. Where a logit is NaN the token is the last id.
+    """
+    vocab = logits.shape[-1]
+    highest = jnp.max(logits, axis=-1)
+    at = jnp.where(logits == highest[..., None], jnp.arange(vocab, dtype=jnp.float32), float(vocab - 1))
+    return jnp.min(at, axis=-1).astype(jnp.int32), highest
 
 
 def probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -84,7 +84,7 @@ def optimizer(run: Run) -> optax.GradientTransformation:
         return rise * jnp.clip((run.steps - step) / run.cooldown, 0.0, 1.0)
 
     as_matrix = optax.contrib.MuonDimensionNumbers
-    axes = {"q": as_matrix(0, (1, 2)), "k": as_matrix(0, (1, 2)), "v": as_matrix(0, (1, 2)), "o": as_matrix((0, 1), 2)}
+    axes = {"qkv": as_matrix(0, (1, 3)), "o": as_matrix((0, 1), 2)}
     axes |= {"w_in": as_matrix(1, 2), "w_out": as_matrix(1, 2)}
 
     def matrices(params: Any) -> Any:
