@@ -49,6 +49,6 @@ def test_meshes_that_do_not_fit():
     sizes = {("qkv",): (64, 4, 3, 16), ("w_in",): (8, 64, 32), ("head",): (64, 320), ("norm",): (64,)}
     axes = {("qkv",): ("embed", "heads", None, "head_dim"), ("w_in",): ("expert", "embed", None), ("head",): ("embed", "vocab")}
     with pytest.raises(
-        OptionError, match=r"model=3 does not divide heads 4 \(q\), expert 8 \(w_in\), vocab 320 \(head\); use a"
+        OptionError, match=r"model=3 does not divide heads 4 \(qkv\), expert 8 \(w_in\), vocab 320 \(head\); use a"
     ):
         sharding.place(three, axes | {("norm",): ("embed",)}, sizes)
