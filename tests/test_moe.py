@@ -26,19 +26,26 @@ CHOICES = {
 }
 
 
+def rerouted(routing, choose):
+    """The routing with other ids, its gates made again from ids and weights."""
+    ids = choose(routing.ids)
+    gates = jnp.sum(jax.nn.one_hot(ids, EXPERTS) * routing.weights[..., None], axis=1)
+    return routing._replace(ids=ids, gates=gates)
+
+
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("back_end", [moe.dense, moe.grouped, moe.experts])
 def test_back_ends_equal_the_plain_form_and_its_gradients(back_end, choice):
     x, router, w_in, w_out = layer()
-    weights, ids, _ = moe.route(x, router, TOP, renormalise=False)
-    ids = CHOICES[choice](ids)
+    routing = rerouted(moe.route(x, router, TOP, renormalise=False), CHOICES[choice])
     valid = jnp.arange(TOKENS) < TOKENS - 7
 
     def value_and_gradients(f):
         def loss(x, weights, w_in, w_out):
-            return jnp.sum(jnp.where(valid[:, None], f(x, weights, ids, w_in, w_out, valid), 0) ** 2)
+            here = rerouted(routing._replace(weights=weights), lambda ids: ids)
+            return jnp.sum(jnp.where(valid[:, None], f(x, here, w_in, w_out, valid), 0) ** 2)
 
-        return jax.value_and_grad(loss, argnums=(0, 1, 2, 3))(x, weights, w_in, w_out)
+        return jax.value_and_grad(loss, argnums=(0, 1, 2, 3))(x, routing.weights, w_in, w_out)
 
     for got, expected in zip(
         jax.tree.leaves(value_and_gradients(back_end)), jax.tree.leaves(value_and_gradients(moe.plain)), strict=True
@@ -50,19 +57,29 @@ def test_many_tiles_a_group():
     """More rows an expert than the widest tile holds."""
     x, router, w_in, w_out = layer()
     x = jnp.tile(x, (20, 1)) + jnp.arange(20 * TOKENS)[:, None] * 1e-3
-    weights, ids, _ = moe.route(x, router, TOP, renormalise=False)
+    routing = moe.route(x, router, TOP, renormalise=False)
     valid = jnp.ones(len(x), bool)
-    got = moe.grouped(x, weights, ids, w_in, w_out, valid)
-    expected = moe.dense(x, weights, ids, w_in, w_out, valid)
+    got = moe.grouped(x, routing, w_in, w_out, valid)
+    expected = moe.dense(x, routing, w_in, w_out, valid)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * float(jnp.max(jnp.abs(expected))))
 
 
 def test_router_weights():
     x, router, *_ = layer()
-    weights, ids, probs = moe.route(x.astype(jnp.bfloat16), router, TOP, renormalise=False)
+    weights, ids, gates, probs = moe.route(x.astype(jnp.bfloat16), router, TOP, renormalise=False)
     assert (weights.dtype, ids.dtype) == (jnp.float32, jnp.int32)
     np.testing.assert_allclose(probs.sum(axis=-1), 1, atol=1e-6)
     np.testing.assert_array_equal(weights, np.sort(probs, axis=-1)[:, ::-1][:, :TOP])
     assert float(weights.sum(axis=-1).max()) < 1
-    renormalised, *_ = moe.route(x, router, TOP, renormalise=True)
+    renormalised, _, by_expert, _ = moe.route(x, router, TOP, renormalise=True)
     np.testing.assert_allclose(renormalised.sum(axis=-1), 1, atol=1e-6)
+    np.testing.assert_allclose(by_expert.sum(axis=-1), 1, atol=1e-6)
+    np.testing.assert_array_equal(jnp.take_along_axis(gates, ids, axis=1), weights)
+    assert np.all((gates > 0).sum(axis=-1) == TOP)
+
+
+def test_ties_between_experts_go_to_the_lower_id():
+    x, *_ = layer()
+    weights, ids, gates, _ = moe.route(x, jnp.zeros((WIDTH, EXPERTS)), TOP, renormalise=False)
+    assert np.all(np.asarray(ids) == np.arange(TOP))
+    assert np.array_equal(np.asarray(gates) > 0, np.broadcast_to(np.arange(EXPERTS) < TOP, gates.shape))

@@ -70,12 +70,18 @@ def candidates(
         noisy = logits + tick.temperature * noise
     is_mask_id = (jnp.arange(logits.shape[-1]) == tick.mask_id)[None, None, :]
     other, highest = best(jnp.where(is_mask_id, -jnp.inf, noisy))
-    of_mask_id = jnp.take(noisy, tick.mask_id, axis=-1)
+    # By a reduction: of a vocabulary that is split over devices a gather would fetch it in a step of its own.
+    of_mask_id = jnp.max(jnp.where(is_mask_id, noisy, -jnp.inf), axis=-1)
     is_mask = (of_mask_id > highest) | ((of_mask_id == highest) & (tick.mask_id < other))
     candidate = masked & ~is_mask
     stuck = ~jnp.any(candidate, axis=-1, keepdims=True)
-    tokens = jnp.where(is_mask & ~stuck, tick.mask_id, other)
-    confidence = probability(logits, tokens)
+    takes_mask = is_mask & ~stuck
+    tokens = jnp.where(takes_mask, tick.mask_id, other)
+    if key is not None:
+        confidence = probability(logits, tokens)
+    else:
+        # The chosen token's logit is at hand.
+        confidence = _share(jnp.where(takes_mask, of_mask_id, highest), logits, jnp.maximum(highest, of_mask_id))
     return tokens, confidence, (candidate | (masked & stuck)) & ~jnp.isnan(confidence)
 
 
@@ -91,12 +97,21 @@ def best(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.min(at, axis=-1).astype(jnp.int32), highest
 
 
+def best_and_probability(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The token of the highest logit, as `best` has it, and its probability."""
+    tokens, highest = best(logits)
+    return tokens, _share(highest, logits, highest)
+
+
 def probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """softmax(logits)[tokens], float32 `[B, S]`. Shifted by the maximum first: at logits of a hundred, subtracting a
+    """softmax(logits)[tokens], float32 `[B, S]`."""
+    return _share(jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0], logits, jnp.max(logits, axis=-1))
+
+
+def _share(chosen: jax.Array, logits: jax.Array, top: jax.Array) -> jax.Array:
+    """exp(chosen) of the sum of exp(logits), all shifted by the maximum first: at logits of a hundred, subtracting a
     log-sum-exp would cost more than the 1e-5 by which decoders tell confidences apart."""
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)
-    return (jnp.exp(chosen - top) / jnp.sum(jnp.exp(logits - top), axis=-1, keepdims=True))[..., 0]
+    return jnp.exp(chosen - top) / jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)
 
 
 def by_confidence(confidence: jax.Array, candidate: jax.Array) -> jax.Array:

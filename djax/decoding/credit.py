@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from djax.checks import number, plug
-from djax.decoding.contract import Decoder, Tick, best, draws, probability
+from djax.decoding.contract import Decoder, Tick, best_and_probability, draws
 from djax.decoding.threshold import Threshold
 from djax.pytree import pytree
 
@@ -45,8 +45,8 @@ class Credit:
         self, state: Any, logits: jax.Array, masked: jax.Array, tick: Tick, key: jax.Array | None
     ) -> tuple[Any, jax.Array, jax.Array]:
         credit, inner_state = state
-        top, _ = best(logits)
-        gain = jnp.where(masked, probability(logits, top) ** self.gamma, 0.0)
+        top, p = best_and_probability(logits)
+        gain = jnp.where(masked, p**self.gamma, 0.0)
         fresh = (tick.call == 0)[:, None, None]
         credit = jnp.where(fresh, 0.0, self.beta * credit)
         is_top = jnp.arange(logits.shape[-1])[None, None, :] == top[..., None]

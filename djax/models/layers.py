@@ -24,19 +24,19 @@ class Cache(NamedTuple):
     visible: jax.Array
 
 
-def _split() -> bool:
+def split() -> bool:
     """Whether a mesh with our model axis is set; a caller's own mesh, with other axes, is none of ours."""
     return "model" in jax.sharding.get_abstract_mesh().axis_names
 
 
 def replicated(x: jax.Array) -> jax.Array:
     """x, whole on every device of the mesh's model axis: where a sum over heads or experts is made. x without a mesh."""
-    return jax.lax.with_sharding_constraint(x, P(*(None,) * x.ndim)) if _split() else x
+    return jax.lax.with_sharding_constraint(x, P(*(None,) * x.ndim)) if split() else x
 
 
 def by_head(x: jax.Array) -> jax.Array:
     """Keys or values `[B, G, L * K]`, split over the mesh's model axis by head as the projections that make them are."""
-    return jax.lax.with_sharding_constraint(x, P(None, "model", None)) if _split() else x
+    return jax.lax.with_sharding_constraint(x, P(None, "model", None)) if split() else x
 
 
 def flat(x: jax.Array) -> jax.Array:

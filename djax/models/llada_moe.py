@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from djax.errors import UnsupportedModelError
 from djax.models import moe
-from djax.models.layers import Cache, attend, by_head, flat, replicated, rms_norm, rotary_angles, rotate
+from djax.models.attention import attention
+from djax.models.layers import Cache, by_head, replicated, rms_norm, rotary_angles
 
 ARCHITECTURES = ("LLaDAMoEModelLM", "LLaDAMoEModel")
 # LLaDA-MoE's config.json has no mask id. Its tokenizer has; these are what the model card uses, for checkpoints without one.
@@ -179,12 +180,10 @@ class Layer(nn.Module):
         per_group = c.heads // c.groups
         shape = (c.width, c.groups, per_group + 2, c.head_dim)
         qkv = jnp.einsum("bwd,dgsk->bwgsk", h, matrix("qkv", shape, ("embed", "heads", None, "head_dim"), c.width))
-        q, k, v = qkv[:, :, :, :per_group].reshape(batch, window, c.heads, c.head_dim), qkv[:, :, :, -2], qkv[:, :, :, -1]
-        q = rotate(rms_norm(q, scale("q_norm", c.head_dim, "head_dim"), c.eps), *angles)
-        k = rotate(rms_norm(k, scale("k_norm", c.head_dim, "head_dim"), c.eps), *angles)
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        norms = scale("q_norm", c.head_dim, "head_dim"), scale("k_norm", c.head_dim, "head_dim")
+        attended, k, v = attention(qkv, norms, angles, valid, cached, visible, c.eps)
         o = matrix("o", (c.heads, c.head_dim, c.width), ("heads", "head_dim", "embed"), c.heads * c.head_dim)
-        x = x + jnp.einsum("bwhk,hkd->bwd", attend(q, k, v, valid, cached, visible), o)
+        x = x + jnp.einsum("bwhk,hkd->bwd", attended, o)
         x = replicated(x)
 
         h = rms_norm(x, scale("expert_norm", c.width, "embed"), c.eps).reshape(batch * window, c.width)
@@ -192,11 +191,11 @@ class Layer(nn.Module):
         w_in = matrix("w_in", (c.experts, c.width, 2 * c.expert_width), ("expert", "embed", None), c.width)
         w_out = matrix("w_out", (c.experts, c.expert_width, c.width), ("expert", None, "embed"), c.expert_width)
         flat_valid = valid.reshape(batch * window)
-        weights, ids, probs = moe.route(h, router, c.top, c.renormalise)
+        routing = moe.route(h, router, c.top, c.renormalise)
         # Collected only where a caller asks for it (the trainer's load-balancing loss).
-        self.sow("routing", "choice", (probs, ids))
-        y = moe.experts(h, weights, ids, w_in, w_out, flat_valid)
-        return replicated(x + y.reshape(x.shape)), (flat(k), flat(v))
+        self.sow("routing", "choice", (routing.probs, routing.ids))
+        y = moe.experts(h, routing, w_in, w_out, flat_valid)
+        return replicated(x + y.reshape(x.shape)), (k, v)
 
 
 def _scaled(axes: tuple[str, ...], fan_in: int) -> Any:

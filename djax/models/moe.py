@@ -5,28 +5,49 @@ Letters: T tokens, D width, E experts, J experts a token, F expert width.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from djax.models.layers import replicated
 
-def route(x: jax.Array, router: jax.Array, top: int, renormalise: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+
+class Routing(NamedTuple):
+    """Which experts each token goes to, and how much of each.
+
+    weights float32 `[T, J]` and ids int32 `[T, J]`, the best first; gates float32 `[T, E]`, the same weights by expert, 0 for
+    those not chosen; probs float32 `[T, E]`, the router's softmax. A back end takes what it needs, the rest is not computed.
+    """
+
+    weights: jax.Array
+    ids: jax.Array
+    gates: jax.Array
+    probs: jax.Array
+
+
+def route(x: jax.Array, router: jax.Array, top: int, renormalise: bool) -> Routing:
     """Choose `top` experts a token.
 
     x `[T, D]`, router `[D, E]`, both widened to float32: dInfer keeps the gate in float32, and near ties between
-    experts must not depend on the parameters' dtype. Returns weights float32 `[T, J]`, ids int32 `[T, J]` (best
-    first, lower id on ties) and the probabilities float32 `[T, E]`. The weights are the softmax over ALL experts at
-    the chosen ones; they sum to less than 1 unless `renormalise` (the config's norm_topk_prob).
+    experts must not depend on the parameters' dtype. The weights are the softmax over ALL experts at the chosen ones; they
+    sum to less than 1 unless `renormalise` (the config's norm_topk_prob). Ties go to the lower id.
     """
     logits = jnp.dot(x.astype(jnp.float32), router.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-    probs = jax.nn.softmax(logits, axis=-1)
+    # Whole on every device: split by expert, as the gates' reader is, a softmax would take collectives of its own.
+    probs = replicated(jax.nn.softmax(replicated(logits), axis=-1))
     weights, ids = jax.lax.top_k(probs, top)
+    # An expert is chosen if fewer than `top` go before it: no sort, and one kernel where a sort takes several.
+    one, other = probs[:, :, None], probs[:, None, :]
+    at = jnp.arange(probs.shape[1])
+    before = (other > one) | ((other == one) & (at[None, :] < at[:, None])[None])
+    gates = jnp.where(jnp.sum(before, axis=-1) < top, probs, 0.0)
     if renormalise:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    return weights, ids.astype(jnp.int32), probs
+        gates = gates / jnp.sum(gates, axis=-1, keepdims=True)
+    return Routing(weights, ids.astype(jnp.int32), replicated(gates), probs)
 
 
 def gated(h: jax.Array) -> jax.Array:
@@ -35,58 +56,53 @@ def gated(h: jax.Array) -> jax.Array:
     return jax.nn.silu(gate) * up
 
 
-def experts(x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array, valid: jax.Array) -> jax.Array:
+def experts(x: jax.Array, routing: Routing, w_in: jax.Array, w_out: jax.Array, valid: jax.Array) -> jax.Array:
     """Weighted sum of the chosen experts' outputs, `[T, D]` in x's dtype.
 
-    x `[T, D]`, weights float32 `[T, J]`, ids int32 `[T, J]`, w_in `[E, D, 2F]` (gate, then up), w_out `[E, F, D]`,
-    valid bool `[T]`: rows that are padding get an arbitrary finite value and, where the back end can, cost nothing.
-    The back end is chosen when the program is lowered, from the platform: on an accelerator every weight is read anyway by
-    the few hundred tokens of a window step, so dense products are at the memory roofline and their surplus FLOPs are free;
-    on a CPU only the chosen experts are worth computing. Under a mesh the experts are split over its model axis, and their
-    sum is what the caller constrains to replicated.
+    x `[T, D]`, w_in `[E, D, 2F]` (gate, then up), w_out `[E, F, D]`, valid bool `[T]`: rows that are padding get an arbitrary
+    finite value and, where the back end can, cost nothing. The back end is chosen when the program is lowered, from the
+    platform: on an accelerator every weight is read anyway by the few hundred tokens of a window step, so dense products
+    are at the memory roofline and their surplus FLOPs are free; on a CPU only the chosen experts are worth computing. Under
+    a mesh the experts are split over its model axis, and their sum is what the caller constrains to replicated.
     """
-    return jax.lax.platform_dependent(x, weights, ids, w_in, w_out, valid, cpu=grouped, default=dense)
+    return jax.lax.platform_dependent(x, routing, w_in, w_out, valid, cpu=grouped, default=dense)
 
 
-def plain(x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array, valid: jax.Array) -> jax.Array:
+def plain(x: jax.Array, routing: Routing, w_in: jax.Array, w_out: jax.Array, valid: jax.Array) -> jax.Array:
     """The definition, token by token: the oracle of the other back ends. Gathers J expert matrices a token."""
     del valid
-    h = gated(jnp.einsum("td,tjdf->tjf", x, w_in[ids]))
-    y = jnp.einsum("tjf,tjfd->tjd", h, w_out[ids])
-    return combine(y, weights)
+    h = gated(jnp.einsum("td,tjdf->tjf", x, w_in[routing.ids]))
+    y = jnp.einsum("tjf,tjfd->tjd", h, w_out[routing.ids])
+    return combine(y, routing.weights)
 
 
-def dense(
-    x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array, valid: jax.Array, chunk: int = 2048
-) -> jax.Array:
+def dense(x: jax.Array, routing: Routing, w_in: jax.Array, w_out: jax.Array, valid: jax.Array, chunk: int = 2048) -> jax.Array:
     """Every expert on every token, the unchosen ones weighted 0: one product in, one product out.
 
     More tokens than `chunk` go in turns: `[E, T, 2F]` is the largest array there is.
     """
     del valid
-    count = w_in.shape[0]
 
-    def run(part: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        x, weights, ids = part
-        gates = jnp.sum(jax.nn.one_hot(ids, count, dtype=jnp.float32) * weights[..., None], axis=1)
+    def run(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x, gates = part
         h = gated(jnp.einsum("td,edf->etf", x, w_in)) * gates.T[:, :, None].astype(x.dtype)
         return jnp.einsum("etf,efd->td", h, w_out)
 
     tokens = x.shape[0]
     if tokens <= chunk:
-        return run((x, weights, ids))
-    parts = (jnp.pad(a, ((0, -tokens % chunk), (0, 0))).reshape(-1, chunk, a.shape[1]) for a in (x, weights, ids))
+        return run((x, routing.gates))
+    parts = (jnp.pad(a, ((0, -tokens % chunk), (0, 0))).reshape(-1, chunk, a.shape[1]) for a in (x, routing.gates))
     return jax.lax.map(run, tuple(parts)).reshape(-1, x.shape[1])[:tokens]
 
 
-def grouped(x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array, valid: jax.Array) -> jax.Array:
+def grouped(x: jax.Array, routing: Routing, w_in: jax.Array, w_out: jax.Array, valid: jax.Array) -> jax.Array:
     """Tokens sorted by expert and run in tiles of one expert each; nothing dropped, any group sizes, differentiable.
 
     Under a mesh each device runs the tiles of its own experts, and the partial sums are added.
     """
-    ids = jnp.where(valid[:, None], ids, w_in.shape[0])
+    ids = jnp.where(valid[:, None], routing.ids, w_in.shape[0])
     if jax.sharding.get_abstract_mesh().shape.get("model", 1) == 1:
-        return combine(sorted_tiles(x, ids, w_in, w_out), weights)
+        return combine(sorted_tiles(x, ids, w_in, w_out), routing.weights)
 
     def own(x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array) -> jax.Array:
         count = w_in.shape[0]
@@ -95,10 +111,9 @@ def grouped(x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: jax.Array, w
         y = combine(sorted_tiles(x, jnp.where(mine, ids, count), w_in, w_out), jnp.where(mine, weights, 0.0))
         return jax.lax.psum(y, "model")
 
-    split = (P(), P(), P(), P("model"), P("model"))
-    return jax.shard_map(own, in_specs=split, out_specs=P(), axis_names={"model"}, check_vma=False)(
-        x, weights, ids, w_in, w_out
-    )
+    specs = (P(), P(), P(), P("model"), P("model"))
+    shards = jax.shard_map(own, in_specs=specs, out_specs=P(), axis_names={"model"}, check_vma=False)
+    return shards(x, routing.weights, ids, w_in, w_out)
 
 
 def combine(y: jax.Array, weights: jax.Array) -> jax.Array:

@@ -1,0 +1,181 @@
+"""Attention of a window over cached and fresh keys: heads normalised, rotated and attended, in two forms behind one function.
+
+The plain form is XLA's own operations. On a CUDA GPU one Pallas kernel does the same from the projection's output on, and
+nothing of size window x canvas is in memory.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jax.sharding import PartitionSpec as P
+
+from djax.models.layers import HIDDEN, attend, flat, rms_norm, rotate, split
+
+Pair = tuple[jax.Array, jax.Array]
+# Rows of a tile. Tensor cores take no fewer than 16; more would leave a GPU that has two heads of a window with nothing to do.
+QUERIES, CACHED, FRESH = 16, 64, 32
+
+
+def attention(
+    qkv: jax.Array, norms: Pair, angles: Pair, valid: jax.Array, cached: Pair | None, visible: jax.Array | None, eps: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normalise and rotate queries and keys, then attend.
+
+    qkv `[B, W, G, H / G + 2, K]`: a group's queries, its key, its value. norms: weights `[K]` of the queries' and of the
+    keys' normalisation. angles: cos and sin `[B, W, K]` (`layers.rotary_angles`). valid, cached, visible: as in `attend`.
+    Returns the attended values `[B, W, H, K]` and the window's k (after rotary) and v, `[B, G, W * K]` each.
+    The form is chosen when the program is lowered: the kernel on CUDA if the heads' width suits it, else the plain one.
+    """
+    arguments = (qkv, norms, angles, valid, cached, visible)
+    if not suits(qkv.shape[-1]):
+        return plain(*arguments, eps=eps)
+    return jax.lax.platform_dependent(*arguments, cuda=partial(fused, eps=eps), default=partial(plain, eps=eps))
+
+
+def suits(head_dim: int) -> bool:
+    """Whether the kernel takes heads of this width: it works on halves, whose size must be a power of two, at least 16."""
+    return head_dim in (32, 64, 128, 256)
+
+
+def plain(
+    qkv: jax.Array, norms: Pair, angles: Pair, valid: jax.Array, cached: Pair | None, visible: jax.Array | None, *, eps: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`attention` in XLA's own operations: the oracle."""
+    batch, window, groups, slots, head_dim = qkv.shape
+    q = qkv[:, :, :, :-2].reshape(batch, window, groups * (slots - 2), head_dim)
+    q = rotate(rms_norm(q, norms[0], eps), *angles)
+    k = rotate(rms_norm(qkv[:, :, :, -2], norms[1], eps), *angles).swapaxes(1, 2)
+    v = qkv[:, :, :, -1].swapaxes(1, 2)
+    return attend(q, k, v, valid, cached, visible), flat(k), flat(v)
+
+
+def fused(
+    qkv: jax.Array,
+    norms: Pair,
+    angles: Pair,
+    valid: jax.Array,
+    cached: Pair | None,
+    visible: jax.Array | None,
+    *,
+    eps: float,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`attention` as one kernel; under a mesh each device runs it for its own heads. Its gradient is that of `plain`.
+
+    interpret: run the kernel's operations one by one, on any platform, for tests.
+    """
+    arguments = (qkv, norms, angles, valid, cached, visible)
+
+    @jax.custom_vjp
+    def run(*arguments: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        call = partial(_call, eps=eps, interpret=interpret)
+        if not split():
+            return call(*arguments)
+        heads, kv = P(None, None, "model"), P(None, "model")
+        specs = (heads, P(), P(), P(), cached and (kv, kv), None if visible is None else P())
+        shards = jax.shard_map(call, in_specs=specs, out_specs=(heads, kv, kv), axis_names={"model"}, check_vma=False)
+        return shards(*arguments)
+
+    run.defvjp(lambda *a: (run(*a), a), lambda a, d: jax.vjp(partial(plain, eps=eps), *a)[1](d))
+    return run(*arguments)
+
+
+def _call(
+    qkv: jax.Array,
+    norms: Pair,
+    angles: Pair,
+    valid: jax.Array,
+    cached: Pair | None,
+    visible: jax.Array | None,
+    *,
+    eps: float,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    batch, window, groups, slots, head_dim = qkv.shape
+    heads = groups * (slots - 2)
+    angles = tuple(a[..., : head_dim // 2].astype(qkv.dtype) for a in angles)
+    inputs = [qkv, *norms, *angles, valid.astype(jnp.int32)]
+    if cached is not None:
+        inputs += [*(a.reshape(batch, groups, -1, head_dim) for a in cached), visible.astype(jnp.int32)]
+    fresh = jax.ShapeDtypeStruct((batch, groups, window, head_dim), qkv.dtype)
+    out, k, v = pl.pallas_call(
+        partial(_kernel, eps=eps, has_cache=cached is not None),
+        grid=(batch, heads, pl.cdiv(window, QUERIES)),
+        out_shape=(jax.ShapeDtypeStruct((batch, window, heads, head_dim), qkv.dtype), fresh, fresh),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+        name="attention",
+    )(*inputs)
+    return out, flat(k), flat(v)
+
+
+def _kernel(
+    qkv: Any, q_norm: Any, k_norm: Any, cos: Any, sin: Any, valid: Any, *refs: Any, eps: float, has_cache: bool
+) -> None:
+    """One head's queries of one tile against all keys, with a running maximum and sum (online softmax, arXiv 1805.02867).
+
+    Heads are held in halves: what rotary mixes is the one half with the other, and a score is the sum over both.
+    """
+    cached_k, cached_v, visible = refs[:3] if has_cache else (None, None, None)
+    out, k_out, v_out = refs[-3:]
+    _, window, _, slots, head_dim = qkv.shape
+    half, dtype = head_dim // 2, qkv.dtype
+    b, h, t = (pl.program_id(n) for n in range(3))
+    group, own = h // (slots - 2), h % (slots - 2)
+    low, high = pl.ds(0, half), pl.ds(half, half)
+    product = partial(jnp.dot, preferred_element_type=jnp.float32, precision="highest" if dtype == jnp.float32 else None)
+
+    def tile(n: Any, size: int, length: int) -> tuple[Any, jax.Array, Any]:
+        """The n-th `size` rows of `length`: as an index, which of them there are, and how to read them."""
+        there = n * size + jnp.arange(size) < length
+        return pl.ds(n * size, size), there, partial(plgpu.load, mask=there[:, None], other=0)
+
+    def rotated(at: Any, rows: Any, slot: Any, norm: Any) -> tuple[jax.Array, jax.Array]:
+        """Rows of a slot as `rotate(rms_norm(...))` gives them, in halves; rounded where those round."""
+        one, two = (rows(qkv.at[b, at, group, slot, part]).astype(jnp.float32) for part in (low, high))
+        scale = jax.lax.rsqrt((jnp.sum(one * one, axis=1) + jnp.sum(two * two, axis=1)) / head_dim + eps)[:, None]
+        one, two = ((x * scale).astype(dtype) * norm[part][None, :] for x, part in ((one, low), (two, high)))
+        c, s = rows(cos.at[b, at, :]), rows(sin.at[b, at, :])
+        return one * c - two * s, two * c + one * s
+
+    mine, there, rows = tile(t, QUERIES, window)
+    q_low, q_high = rotated(mine, rows, own, q_norm)
+
+    def take(carry: tuple, k_low: jax.Array, k_high: jax.Array, v: jax.Array, seen: jax.Array) -> tuple:
+        top, total, sums = carry
+        scores = (product(q_low, k_low.T) + product(q_high, k_high.T)) * head_dim**-0.5
+        scores = jnp.where(seen[None, :], scores, HIDDEN)
+        higher = jnp.maximum(top, jnp.max(scores, axis=1))
+        weights, shrink = jnp.exp(scores - higher[:, None]), jnp.exp(top - higher)
+        sums = sums * shrink[:, None] + product(weights.astype(dtype), v)
+        return higher, total * shrink + jnp.sum(weights, axis=1), sums
+
+    def from_cache(n: jax.Array, carry: tuple) -> tuple:
+        at, there, rows = tile(n, CACHED, visible.shape[1])
+        k_low, k_high = (rows(cached_k.at[b, group, at, part]) for part in (low, high))
+        seen = plgpu.load(visible.at[b, at], mask=there, other=0) > 0
+        return take(carry, k_low, k_high, rows(cached_v.at[b, group, at, :]), seen)
+
+    def from_window(n: jax.Array, carry: tuple) -> tuple:
+        at, there, rows = tile(n, FRESH, window)
+        k_low, k_high = rotated(at, rows, jnp.int32(slots - 2), k_norm)
+        v = rows(qkv.at[b, at, group, jnp.int32(slots - 1), :])
+
+        @pl.when((t == 0) & (own == 0))
+        def _() -> None:
+            store = partial(plgpu.store, mask=there[:, None])
+            store(k_out.at[b, group, at, low], k_low)
+            store(k_out.at[b, group, at, high], k_high)
+            store(v_out.at[b, group, at, :], v)
+
+        seen = plgpu.load(valid.at[b, at], mask=there, other=0) > 0
+        return take(carry, k_low, k_high, v, seen)
+
+    start = jnp.full(QUERIES, HIDDEN), jnp.zeros(QUERIES), jnp.zeros((QUERIES, head_dim))
+    carry = jax.lax.fori_loop(0, pl.cdiv(visible.shape[1], CACHED), from_cache, start) if has_cache else start
+    _, total, sums = jax.lax.fori_loop(0, pl.cdiv(window, FRESH), from_window, carry)
+    plgpu.store(out.at[b, mine, h, :], (sums / total[:, None]).astype(dtype), mask=there[:, None])

@@ -1,0 +1,68 @@
+"""The fused attention kernel, interpreted, against the plain form: values, gradients, and what is hidden."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from djax.models.attention import fused, plain, suits
+from djax.models.layers import rotary_angles
+
+BATCH, WINDOW, GROUPS, HEAD_DIM, CANVAS = 2, 39, 2, 32, 100
+EPS = 1e-5
+
+
+def inputs(per_group, dtype, cache, seed=0):
+    keys = iter(jax.random.split(jax.random.key(seed), 8))
+    normal = lambda *shape: jax.random.normal(next(keys), shape).astype(dtype)  # noqa: E731
+    start = jnp.array([[-3], [61]])
+    at = start + jnp.arange(WINDOW)[None, :]
+    qkv = normal(BATCH, WINDOW, GROUPS, per_group + 2, HEAD_DIM)
+    norms = 1 + 0.3 * normal(HEAD_DIM), 1 + 0.3 * normal(HEAD_DIM)
+    angles = rotary_angles(at, HEAD_DIM, 1e4)
+    valid = (at >= 0) & (at < 97)
+    if not cache:
+        return qkv, norms, angles, valid, None, None
+    there = jnp.arange(CANVAS)[None, :]
+    visible = (there < 97) & ((there < start) | (there >= start + WINDOW))
+    kv = (BATCH, GROUPS, CANVAS * HEAD_DIM)
+    return qkv, norms, angles, valid, (normal(*kv), normal(*kv)), visible
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("per_group", [1, 2])
+@pytest.mark.parametrize(("dtype", "close"), [(jnp.float32, 2e-5), (jnp.bfloat16, 3e-2)])
+def test_the_kernel_equals_the_plain_form(cache, per_group, dtype, close):
+    arguments = inputs(per_group, dtype, cache)
+    valid = np.asarray(arguments[3])
+    got, k, v = fused(*arguments, eps=EPS, interpret=True)
+    expected, plain_k, plain_v = plain(*arguments, eps=EPS)
+    assert got.dtype == k.dtype == v.dtype == dtype
+    np.testing.assert_allclose(np.asarray(got, np.float32)[valid], np.asarray(expected, np.float32)[valid], atol=close)
+    np.testing.assert_allclose(np.asarray(k, np.float32), np.asarray(plain_k, np.float32), atol=close)
+    assert np.array_equal(v, plain_v)
+
+
+def test_hidden_keys_weigh_nothing():
+    qkv, norms, angles, valid, (k, v), visible = inputs(1, jnp.float32, True)
+    hidden = jnp.repeat(~visible, HEAD_DIM, axis=1)[:, None, :]
+    spoiled = jnp.where(hidden, 1e6, k), jnp.where(hidden, -1e6, v)
+    one = fused(qkv, norms, angles, valid, (k, v), visible, eps=EPS, interpret=True)[0]
+    two = fused(qkv, norms, angles, valid, spoiled, visible, eps=EPS, interpret=True)[0]
+    assert np.array_equal(np.asarray(one)[valid], np.asarray(two)[valid])
+
+
+def test_the_gradient_is_the_plain_form_s():
+    arguments = inputs(2, jnp.float32, False)
+
+    def loss(form, qkv):
+        out, k, v = form(qkv)
+        return jnp.sum(jnp.where(arguments[3][..., None, None], out, 0) ** 2) + jnp.sum(k * v)
+
+    got = jax.grad(lambda x: loss(lambda x: fused(x, *arguments[1:], eps=EPS, interpret=True), x))(arguments[0])
+    expected = jax.grad(lambda x: loss(lambda x: plain(x, *arguments[1:], eps=EPS), x))(arguments[0])
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+def test_widths_it_does_not_take_go_the_plain_way():
+    assert suits(128) and suits(64) and not suits(80) and not suits(16)
