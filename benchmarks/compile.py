@@ -105,7 +105,7 @@ def measure(
             f"{c.op.removesuffix('-start')} {_brief(c.shape)}" for c in collectives if program.layer(c) is None
         ],
         "collective_bytes": sum(hlo.size(c.shape) for c in collectives),
-        "kernels_per_layer": max(by_layer),
+        "kernels_per_layer": by_layer,
         "kernels_per_step": len(kernels),
         "kernels_of_a_layer": [
             f"{k.op} {_brief(k.shape)} {_tail(k.source)}" for k in kernels if program.layer(k) == config.layers - 1
@@ -207,7 +207,10 @@ def table(lines: list[dict[str, Any]]) -> str:
         "collectives a layer": lambda x: ", ".join(map(str, x["collectives_per_layer"])),
         "collectives a step besides": lambda x: len(x["collectives_besides"]),
         "bytes of collectives a step": lambda x: f"{x['collective_bytes'] / 1e6:.2f} MB",
-        "kernels a layer, a step": lambda x: f"{x['kernels_per_layer']}, {x['kernels_per_step']}",
+        "kernels a layer (in the first also what all share), a step": lambda x: (
+            f"{min(x['kernels_per_layer'])} to {max(x['kernels_per_layer'][1:])} ({x['kernels_per_layer'][0]}), "
+            f"{x['kernels_per_step']}"
+        ),
         "bytes a step and GPU": lambda x: f"{x['bytes_per_step'] / 1e9:.3f} GB",
         "of which cannot be less": lambda x: f"{x['least_bytes'] / 1e9:.3f} GB ({x['bytes_over_least']} times)",
         "FLOPs a step and GPU": lambda x: f"{x['flops_per_step'] / 1e12:.3f} TFLOP",

@@ -19,6 +19,8 @@ from djax.trace import Record
 
 # A logit that no softmax and no argmax chooses; finite, for decoders that multiply a probability of 0 by its logarithm.
 NEVER = -1e30
+# The widest window whose logits are made all at once, a row.
+AT_ONCE = 256
 
 
 class Request(NamedTuple):
@@ -197,7 +199,13 @@ def decode(
         valid = (at >= 0) & (at < ask.total[:, None]) & running[:, None]
         x = family.embed(params, config, _take(rows.tokens, at)) if smoothing is None else _take(rows.soft, at)
         x, fresh = family.trunk(params, config, x, at, valid, cache)
-        logits = family.unembed(params, config, _take(x, skip + jnp.arange(block)[None, :]))
+        # Smoothing wants the logits of every position: of a window they are made once, and the block's cut from them.
+        wide = None
+        if smoothing is not None and cache is not None and x.shape[1] <= AT_ONCE:
+            wide = family.unembed(params, config, x)
+            logits = wide[:, before : before + block]
+        else:
+            logits = family.unembed(params, config, _take(x, skip + jnp.arange(block)[None, :]))
         early = rows.start[:, None] + jnp.arange(block)[None, :] < ask.least[:, None]
         is_eos = jnp.arange(config.vocab)[None, None, :] == config.eos_id
         logits = jnp.where(early[..., None] & is_eos, NEVER, logits)
@@ -209,7 +217,8 @@ def decode(
         soft = family.embed(params, config, tokens)
         weight = smoothing.weight(rows.forwards)[:, None, None].astype(soft.dtype)
         still = (tokens == config.mask_id)[..., None]
-        soft = jnp.where(still, soft + weight * family.expected_embedding(params, config, x, smoothing.top), soft)
+        expected = family.expected_embedding(params, config, x, smoothing.top, wide)
+        soft = jnp.where(still, soft + weight * expected, soft)
         offset = everywhere - at[:, :1]
         covered = (offset >= 0) & (offset < at.shape[1]) & _take(valid, offset)
         return decoded._replace(soft=jnp.where(covered[..., None], _take(soft, offset), rows.soft)), fresh

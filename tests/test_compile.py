@@ -37,6 +37,7 @@ def test_the_program_for_h100s(devices, smoothing):
     # No keys or values of a layer and no expert's weights: the largest copy is of a canvas of tokens.
     assert facts["largest_copy_in_step"] <= 4 * 1280
     assert facts["bytes_per_step"] > facts["least_bytes"]
+    assert max(facts["kernels_per_layer"][1:]) <= 14
 
 
 def test_targets():

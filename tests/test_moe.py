@@ -80,6 +80,6 @@ def test_router_weights():
 
 def test_ties_between_experts_go_to_the_lower_id():
     x, *_ = layer()
-    weights, ids, gates, _ = moe.route(x, jnp.zeros((WIDTH, EXPERTS)), TOP, renormalise=False)
+    _, ids, gates, _ = moe.route(x, jnp.zeros((WIDTH, EXPERTS)), TOP, renormalise=False)
     assert np.all(np.asarray(ids) == np.arange(TOP))
     assert np.array_equal(np.asarray(gates) > 0, np.broadcast_to(np.arange(EXPERTS) < TOP, gates.shape))

@@ -240,25 +240,32 @@ def unembed(params: Any, config: Config, x: jax.Array) -> jax.Array:
     return LLaDAMoE(config).apply({"params": params}, x, method="unembed")
 
 
-def expected_embedding(params: Any, config: Config, x: jax.Array, top: int | None = None, chunk: int = 256) -> jax.Array:
+def expected_embedding(
+    params: Any, config: Config, x: jax.Array, top: int | None = None, logits: jax.Array | None = None, chunk: int = 256
+) -> jax.Array:
     """softmax(unembed(x)) @ embedding: the trunk's output `[B, W, D]` as the embedding it expects at each position.
 
-    Softmax in float32. In chunks of positions, so that no array of canvas x vocabulary is ever made. With `top` only that
-    many tokens' rows of the embedding are read, weighted by their probabilities in the whole softmax.
+    Softmax in float32. In chunks of positions, so that no array of canvas x vocabulary is ever made, unless the caller has
+    x's `logits` already. With `top` only that many tokens' rows of the embedding are read, weighted by their
+    probabilities in the whole softmax.
     """
+    embedding = params["embedding"]
 
-    def expect(x: jax.Array) -> jax.Array:
-        p = jax.nn.softmax(unembed(params, config, x), axis=-1)
+    def expect(logits: jax.Array) -> jax.Array:
+        p = jax.nn.softmax(logits, axis=-1)
         if top is None or top >= config.vocab:
-            return p.astype(x.dtype) @ params["embedding"]
+            return p.astype(x.dtype) @ embedding
         p, ids = jax.lax.top_k(p, top)
-        return jnp.einsum("tk,tkd->td", p.astype(x.dtype), params["embedding"][ids])
+        return jnp.einsum("...k,...kd->...d", p.astype(x.dtype), embedding[ids])
 
+    if logits is not None:
+        return expect(logits)
     flat = x.reshape(-1, x.shape[-1])
     if len(flat) <= chunk:
-        return expect(flat).reshape(x.shape)
+        return expect(unembed(params, config, flat)).reshape(x.shape)
     padded = jnp.pad(flat, ((0, -len(flat) % chunk), (0, 0))).reshape(-1, chunk, x.shape[-1])
-    return jax.lax.map(expect, padded).reshape(-1, x.shape[-1])[: len(flat)].reshape(x.shape)
+    expected = jax.lax.map(lambda x: expect(unembed(params, config, x)), padded)
+    return expected.reshape(-1, x.shape[-1])[: len(flat)].reshape(x.shape)
 
 
 def trunk_with_routing(

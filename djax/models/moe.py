@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from djax.models.layers import replicated
@@ -82,6 +83,9 @@ def dense(x: jax.Array, routing: Routing, w_in: jax.Array, w_out: jax.Array, val
     More tokens than `chunk` go in turns: `[E, T, 2F]` is the largest array there is.
     """
     del valid
+    # By token in memory, as the router's softmax is. XLA would turn all of the softmax to the order its reader here likes, and
+    # then has no one kernel for it.
+    routing = routing._replace(gates=with_layout_constraint(routing.gates, Layout((0, 1))))
 
     def run(part: tuple[jax.Array, jax.Array]) -> jax.Array:
         x, gates = part
