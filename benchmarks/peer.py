@@ -32,11 +32,11 @@ class CanvasCache(Cache):
     def __init__(self, layers: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.keys = [torch.zeros(shape, dtype=dtype) for _ in range(layers)]
         self.values = [torch.zeros(shape, dtype=dtype) for _ in range(layers)]
-        self.at = slice(0, shape[2])
+        self.at = torch.arange(shape[2])
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys[layer][:, :, self.at] = key
-        self.values[layer][:, :, self.at] = value
+        self.keys[layer].index_copy_(2, self.at, key)
+        self.values[layer].index_copy_(2, self.at, value)
         return self.keys[layer], self.values[layer]
 
 
@@ -80,10 +80,12 @@ class Peer:
         with torch.device("meta"):
             model = Qwen3MoeForCausalLM(config)
         model = model.to_empty(device="cpu").to(self.dtype)
-        model.load_state_dict({k: torch.from_numpy(v).to(self.dtype) for k, v in tensors.items()}, strict=True, assign=True)
+        model.load_state_dict({k: torch.tensor(v).to(self.dtype) for k, v in tensors.items()}, strict=True, assign=True)
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
         self.network = Network(model.eval())
-        self.forward = torch.compile(self.network, dynamic=False) if compiled else self.network
+        # One program a layer and shape, where the default would give up after eight and go on uncompiled.
+        torch._dynamo.config.recompile_limit = 256
+        self.forward = torch.compile(self.network) if compiled else self.network
 
     @torch.inference_mode()
     def decode(self, tokens: np.ndarray, prompt: int, block: int, before: int, after: int, per_step: int) -> Run:
@@ -101,9 +103,8 @@ class Peer:
             while (tokens[0, start:end] == self.mask_id).any():
                 at = time.perf_counter()
                 left, right = (0, length) if fresh else (max(start - before, 0), min(end + after, length))
-                cache.at = slice(left, right)
-                positions = torch.arange(left, right)[None]
-                logits = self.forward(tokens[:, left:right], positions, cache, start - left, end - start)
+                cache.at = torch.arange(left, right)
+                logits = self.forward(tokens[:, left:right], cache.at[None], cache, start - left, end - start)
                 self._accept(tokens, logits[0], start, end, per_step)
                 (refreshes if fresh else windows).append(time.perf_counter() - at)
                 fresh = False

@@ -393,8 +393,35 @@ class Compile:
         print(benchmark.run(self.target, list(self.devices), self.out, self.readme, _note(console)))
 
 
+@dataclasses.dataclass
+class Speed:
+    """Measure seconds of window steps, refreshes and whole answers on this machine, against PyTorch and the machine's limits.
+
+    djax bench speed --out benchmarks/results --readme README.md
+
+    On a CPU preload tcmalloc, for both sides. PyTorch is compared where it is installed. About twenty minutes on two cores.
+    """
+
+    out: Annotated[Path, arg(metavar="DIR")]
+    """Where speed.jsonl goes."""
+    parts: tuple[str, ...] = ("windows", "answers", "growth")
+    """What to measure: windows, answers, growth. The lines of other parts stay."""
+    repeats: int = 5
+    """How often each is measured."""
+    readme: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Also write the tables into this Markdown file, between its two marks."""
+
+    def run(self, console: Console) -> None:
+        from djax.benchmarks import speed
+        from djax.checks import whole_number
+
+        repeats = whole_number(self.repeats, "--repeats", at_least=1)
+        print(speed.run(list(self.parts), repeats, self.out, self.readme, _note(console)))
+
+
 Benchmark = (
     Annotated[Ladder, subcommand("ladder")]
+    | Annotated[Speed, subcommand("speed")]
     | Annotated[SoftTop, subcommand("soft-top")]
     | Annotated[Compile, subcommand("compile")]
 )
