@@ -7,7 +7,11 @@ Everything that is compared is measured in turns in one process, and medians are
 """
 
 import importlib.util
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -109,7 +113,7 @@ def windows(repeats: int, note: Callable[[str], None]) -> Iterator[dict[str, Any
         yield line
 
 
-def python_loop(model: Any, canvas: np.ndarray) -> tuple[float, float]:
+def python_loop(model: Any, canvas: np.ndarray) -> tuple[float, float, np.ndarray]:
     """The same network and decoder, jitted a step at a time and driven by a Python loop that looks at the tokens after each."""
     tokens, times = jnp.asarray(canvas, jnp.int32)[None], ([], [])
     end = tokens.shape[1]
@@ -126,7 +130,7 @@ def python_loop(model: Any, canvas: np.ndarray) -> tuple[float, float]:
             cache = kept if fresh else cache
             times[fresh].append(time.perf_counter() - began)
             fresh = False
-    return statistics.median(times[False]), statistics.median(times[True])
+    return statistics.median(times[False]), statistics.median(times[True]), np.asarray(tokens[0])
 
 
 class _Static:
@@ -244,7 +248,36 @@ def growth(repeats: int, note: Callable[[str], None]) -> Iterator[dict[str, Any]
             yield line | {"window": window, "refresh_of_a_row": refresh, "repeats": repeats}
 
 
-PARTS = {"windows": windows, "answers": answers, "growth": growth}
+def start(repeats: int, note: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """Seconds of `import djax`, and of `djax generate` on the small model with an empty compile cache and with a filled one."""
+    question = "Ben has 20 coins. He finds 3 boxes with 6 coins each. He loses 9. How many coins does Ben have now?"
+
+    def timed(*command: str, cache: str) -> float:
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, *command], env=os.environ | {"DJAX_COMPILE_CACHE": cache}, capture_output=True)
+        if done.returncode:
+            raise RuntimeError(done.stderr.decode())
+        return time.perf_counter() - began
+
+    generate = ("-m", "djax.cli", "generate", question)
+    times: dict[str, list[float]] = {
+        "import djax": [],
+        "first answer, compiled": [],
+        "first answer, from the compile cache": [],
+    }
+    for turn in range(repeats + 1):
+        with tempfile.TemporaryDirectory() as cache:
+            commands = (("-c", "import djax"), generate, generate)
+            for (name, so_far), command in zip(times.items(), commands, strict=True):
+                so_far.append(timed(*command, cache=cache))
+                note(f"{name}: {so_far[-1]:.2f} s")
+        if not turn:
+            times = {name: [] for name in times}
+    for name, so_far in times.items():
+        yield {"of": "start", "name": name, "seconds": statistics.median(so_far), "repeats": repeats}
+
+
+PARTS = {"windows": windows, "answers": answers, "growth": growth, "start": start}
 
 
 def run(parts: list[str], repeats: int, out: Path, readme: Path | None, note: Callable[[str], None]) -> str:
@@ -266,7 +299,12 @@ def run(parts: list[str], repeats: int, out: Path, readme: Path | None, note: Ca
 def table(lines: list[dict[str, Any]]) -> str:
     """Markdown, a table a part."""
     text: list[str] = []
-    for name, make in (("window", _window_table), ("answers", _answers_table), ("growth", _growth_table)):
+    for name, make in (
+        ("window", _window_table),
+        ("answers", _answers_table),
+        ("growth", _growth_table),
+        ("start", _start_table),
+    ):
         some = [x for x in lines if x["of"] == name]
         if some:
             x = some[0]
@@ -311,3 +349,7 @@ def _growth_table(lines: list[dict[str, Any]]) -> list[str]:
     for x in lines:
         text.append(f"| {x['canvas']} | {x['batch']} | {x['block']} | {_ms(x['window'])} | {_ms(x['refresh_of_a_row'])} |")
     return text
+
+
+def _start_table(lines: list[dict[str, Any]]) -> list[str]:
+    return ["| a new process | wall time |", "|---|---|", *(f"| {x['name']} | {x['seconds']:.2f} s |" for x in lines)]

@@ -1,5 +1,6 @@
 """djax: a JAX engine for diffusion language models. A whole decode is one XLA program."""
 
+from djax.ahead import compile, export_program
 from djax.caching import Dual, Prefix, Vicinity
 from djax.checkpoint import export_hf, load, save
 from djax.compilation import compile_cache
@@ -48,9 +49,11 @@ __all__ = [
     "TripCapError",
     "UnsupportedModelError",
     "Vicinity",
+    "compile",
     "compile_cache",
     "explain",
     "export_hf",
+    "export_program",
     "generate",
     "load",
     "logits",

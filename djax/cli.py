@@ -106,6 +106,8 @@ class Generate:
     """A checkpoint directory, HF's or one that `djax convert` wrote."""
     dtype: str | None = None
     """float32 or bfloat16 for the parameters; by default the checkpoint's own."""
+    devices: int = 1
+    """Split the model over this many devices."""
     decoding: DecodingOptions = dataclasses.field(default_factory=start)
     max_batch: int | None = None
     """At most this many questions at once. Changes no answer."""
@@ -131,7 +133,8 @@ class Generate:
 
             if not self.compile_cache:
                 djax.compile_cache(None)
-            model = djax.load(self.model, dtype=self.dtype)
+            mesh = None if self.devices == 1 else djax.mesh(model=self.devices)
+            model = djax.load(self.model, dtype=self.dtype, mesh=mesh)
         with working(console, "compiling and decoding"):
             answers = djax.generate(model, prompts, max_batch=self.max_batch, trace=drawn, **options)
         answers = answers if isinstance(answers, list) else [answers]
@@ -201,6 +204,57 @@ class Explain:
         length = whole_number(64 if self.prompt_length is None else self.prompt_length, "--prompt-length", at_least=1)
         token = next(t for t in range(3) if t not in (model.config.mask_id, model.config.eos_id))
         print(djax.explain(model, [token] * length if self.question is None else self.question, **options))
+
+
+@dataclasses.dataclass
+class CompileAhead:
+    """Compile programs before they are needed, so that the first answer starts at once, or export one to run without djax.
+
+    djax compile --prompt-length 64 256 --rows 1 8 --cache "Vicinity(16, 16)"
+
+    Prompts of up to --prompt-length tokens share a program where they fall into one canvas.
+    """
+
+    prompt_length: tuple[int, ...] = (64,)
+    """Tokens of the prompts, one or several numbers."""
+    rows: tuple[int, ...] = (1,)
+    """Prompts at once, one or several numbers."""
+    model: Checkpoint = None
+    """A checkpoint directory; without it, the small model that ships with djax."""
+    dtype: str | None = None
+    """float32 or bfloat16 for the parameters; by default the checkpoint's own."""
+    export: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Instead write the one program, its parameters and a manifest into this new directory; jax alone runs it."""
+    platform: str | None = None
+    """With --export, what it is to run on: cpu, cuda, rocm or tpu; by default what this machine has."""
+    decoding: DecodingOptions = dataclasses.field(default_factory=start)
+
+    def run(self, console: Console) -> None:
+        options = self.decoding.options()
+        if self.platform is not None and self.export is None:
+            raise OptionError("--platform: expected with --export")
+        if self.export is not None and len(self.prompt_length) * len(self.rows) > 1:
+            raise OptionError("--export: expected one --prompt-length and one --rows, an export holds one program")
+        with working(console, "loading"):
+            import jax
+
+            import djax
+            from djax.compilation import enable_cache
+
+            enable_cache()
+            if self.export is None and not jax.config.jax_compilation_cache_dir:
+                raise OptionError("djax compile: the compile cache is off, nothing would be kept; unset DJAX_COMPILE_CACHE")
+            model = djax.load(self.model, dtype=self.dtype)
+        if self.export is not None:
+            shape = dict(prompt_length=self.prompt_length[0], rows=self.rows[0])
+            djax.export_program(model, self.export, platform=self.platform, **shape, **options)
+            print(f"{self.export}: one program")
+            return
+        for rows in self.rows:
+            for length in self.prompt_length:
+                with working(console, "compiling"):
+                    canvas, seconds = djax.compile(model, prompt_length=length, rows=rows, **options)
+                print(f"{rows} x {canvas}: {seconds:.1f} s" if seconds else f"{rows} x {canvas}: the same program")
 
 
 @dataclasses.dataclass
@@ -404,8 +458,8 @@ class Speed:
 
     out: Annotated[Path, arg(metavar="DIR")]
     """Where speed.jsonl goes."""
-    parts: tuple[str, ...] = ("windows", "answers", "growth")
-    """What to measure: windows, answers, growth. The lines of other parts stay."""
+    parts: tuple[str, ...] = ("windows", "answers", "growth", "start")
+    """What to measure: windows, answers, growth, start. The lines of other parts stay."""
     repeats: int = 5
     """How often each is measured."""
     readme: Annotated[Path | None, arg(metavar="FILE")] = None
@@ -491,6 +545,7 @@ def main(arguments: list[str] | None = None) -> None:
     commands = {
         "generate": Generate,
         "explain": Explain,
+        "compile": CompileAhead,
         "info": Info,
         "convert": Convert,
         "train": Train,

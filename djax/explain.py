@@ -98,8 +98,16 @@ def _facts(model: Model, asked: Asked, ask: Request, b: int) -> dict[str, str]:
         "canvas": f"{prompt} of the prompt + {total - prompt} = {total} positions, in a program for {rows} rows of {length}",
         "free to change": f"prompts and lengths up to {length} positions together, seeds, early_stop, {_leaves(asked)}",
         "compiles anew": "what is not listed above: another number of rows, block_length, kind of plug or static number",
+        **_back_ends(model),
         "memory": f"parameters {_size(model.parameter_bytes)}, " + ", ".join(f"{n} {_size(s)}" for n, s in carried.items()),
     }
+
+
+def _back_ends(model: Model) -> dict[str, str]:
+    if not hasattr(model.family, "back_ends"):
+        return {}
+    platform = jax.default_backend()
+    return {f"{layer} on {platform}": form for layer, form in model.family.back_ends(model.config, platform).items()}
 
 
 def _leaves(asked: Asked) -> str:

@@ -101,6 +101,8 @@ def test_info_and_convert(tmp_path):
         (["convert", str(GOLDENS / "moe_a"), "/"], "already exists"),
         (["generate", "--file", sys.executable], "cannot be read as UTF-8"),
         (["generate", QUESTION, "--steps", "4"], "--steps"),
+        (["generate", QUESTION, "--devices", "64"], "data=1 times model=64 takes 64 devices, there are 1 (cpu)"),
+        (["compile", "--export", "/", "--rows", "1"], "/: already exists"),
     ],
 )
 def test_errors(arguments, message):
@@ -155,6 +157,10 @@ def inside(capsys):
         ),
         (["explain", "--prompt-length", "0"], "--prompt-length: expected a whole number, at least 1"),
         (["explain", "--gen-length", "1000"], "gen_length may be 960 at most"),
+        (["compile", "--platform", "cuda"], "--platform: expected with --export"),
+        (["compile", "--export", "x", "--rows", "1", "2"], "--export: expected one --prompt-length and one --rows"),
+        (["compile", "--prompt-length", "0"], "prompt_length: expected a whole number, at least 1"),
+        (["bench", "speed", "--out", "x", "--repeats", "0"], "--repeats: expected a whole number, at least 1"),
         (["bench", "ladder", "--out", "/nowhere", "--draw"], "--draw: /nowhere/ladder.jsonl does not exist; measure first"),
         (["bench", "ladder", "--out", "/nowhere", "--problems", "0"], "--problems: expected a whole number, at least 1"),
         (

@@ -33,6 +33,7 @@ ALLOWED = {
         *("caching.contract", "decoding", "smoothing", "trace"),
     ),
     "djax/explain.py": ("decoding.contract", "generate", "model", "program", "request"),
+    "djax/ahead.py": ("errors", "checks", "compilation", "checkpoint", "generate", "model", "program", "request"),
     "djax/presets.py": ("errors", "configs"),
     "djax/pictures": ("errors", "pictures"),
     "djax/training": (*("errors", "compilation", "text", "models", "model", "checkpoint", "generate", "training"),),
@@ -62,7 +63,7 @@ def test_the_arrows():
 
 def test_flax_lives_in_models_and_where_trees_are_read():
     users = {f.relative_to(ROOT).as_posix() for f in (ROOT / "djax").rglob("*.py") if any("flax" in n for n in imported(f))}
-    assert users == {"djax/models/llada_moe.py", "djax/checkpoint.py"}
+    assert users == {"djax/models/llada_moe.py", "djax/checkpoint.py", "djax/ahead.py"}
 
 
 def test_djax_needs_no_torch():

@@ -14,7 +14,7 @@ import pytest
 
 import djax
 from djax.benchmarks import compile as compiling
-from djax.benchmarks import ladder, soft_top
+from djax.benchmarks import ladder, soft_top, speed
 from djax.benchmarks.report import read_lines, with_part
 from djax.checkpoint import SHIPPED
 
@@ -47,7 +47,7 @@ def test_python_blocks_print_what_the_readme_says(tmp_path, monkeypatch):
 def test_commands():
     """Every `djax` command of the README, without the installing before it."""
     commands = re.findall(r"^(?:.*&& )?(djax .*)$", "\n".join(code for language, code in BLOCKS if language == "bash"), re.M)
-    assert len(commands) == 6
+    assert len(commands) == 7
     for command in commands:
         arguments = [sys.executable, "-m", "djax.cli", *shlex.split(command)[1:]]
         done = subprocess.run(arguments, capture_output=True, text=True, cwd="/", env=os.environ)
@@ -64,7 +64,9 @@ def test_the_ladder_is_made_from_the_results(tmp_path):
     assert (tmp_path / "README.md").read_text() == README
 
 
-@pytest.mark.parametrize(("name", "table"), [("compile", compiling.table), ("soft-top", soft_top.table)])
+@pytest.mark.parametrize(
+    ("name", "table"), [("compile", compiling.table), ("soft-top", soft_top.table), ("speed", speed.table)]
+)
 def test_tables_are_made_from_the_results(name, table):
     lines = read_lines(ROOT / "benchmarks" / "results" / f"{name.replace('-', '_')}.jsonl")
     assert with_part(README, name, table(lines)) == README

@@ -9,8 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 from jax.sharding import PartitionSpec as P
 
 from djax.models.layers import HIDDEN, attend, flat, rms_norm, rotate, split
@@ -95,6 +93,10 @@ def _call(
     eps: float,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    # Half a second to import, for the programs of a GPU alone.
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as plgpu
+
     batch, window, groups, slots, head_dim = qkv.shape
     heads = groups * (slots - 2)
     angles = tuple(a[..., : head_dim // 2].astype(qkv.dtype) for a in angles)
@@ -120,6 +122,9 @@ def _kernel(
 
     Heads are held in halves: what rotary mixes is the one half with the other, and a score is the sum over both.
     """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as plgpu
+
     cached_k, cached_v, visible = refs[:3] if has_cache else (None, None, None)
     out, k_out, v_out = refs[-3:]
     _, window, _, slots, head_dim = qkv.shape

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from djax.errors import UnsupportedModelError
 from djax.models import moe
-from djax.models.attention import attention
+from djax.models.attention import attention, suits
 from djax.models.layers import Cache, by_head, replicated, rms_norm, rotary_angles
 
 ARCHITECTURES = ("LLaDAMoEModelLM", "LLaDAMoEModel")
@@ -274,6 +274,15 @@ def trunk_with_routing(
     """`trunk` without cache, and each layer's router choice (probabilities `[T, E]`, ids `[T, J]`), for training."""
     (x, _), collected = LLaDAMoE(config).apply({"params": params}, x, positions, valid, method="trunk", mutable=["routing"])
     return x, [collected["routing"][f"layer_{n}"]["choice"][0] for n in range(config.layers)]
+
+
+def back_ends(config: Config, platform: str) -> dict[str, str]:
+    """Which form of each layer a program for this platform has, and why; for people to read."""
+    grouped, fused = platform == "cpu", platform in ("cuda", "gpu") and suits(config.head_dim)
+    return {
+        "experts": "grouped in tiles, of the chosen ones" if grouped else "dense, all of them on every token",
+        "attention": "one Pallas kernel" if fused else "XLA's products",
+    }
 
 
 def empty_cache(params: Any, config: Config, batch: int, length: int) -> tuple[tuple[jax.Array, jax.Array], ...]:

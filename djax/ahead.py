@@ -1,0 +1,115 @@
+"""Programs made before they are needed: compiled into the cache, or exported as a file that runs without djax."""
+
+import importlib.util
+import inspect
+import json
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+from safetensors.numpy import save_file
+
+from djax.checkpoint import free, new_directory
+from djax.checks import whole_number
+from djax.compilation import enable_cache
+from djax.errors import OptionError
+from djax.generate import compiled, generate
+from djax.model import Model, computing
+from djax.program import Request, Rows, decode
+from djax.request import Asked, prepare
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+PROGRAM, PARAMETERS, MANIFEST = "program.jaxexport", "parameters.safetensors", "manifest.json"
+_RESULTS = ("tokens", "active", "forwards", "refreshes", "positions")
+# Custom calls whose form XLA does not promise to keep. The manifest names the version of jax that must run them.
+_UNPROMISED = ("__gpu$xla.gpu.triton", "LayoutConstraint")
+
+
+def compile(model: Model, *, prompt_length: int = 64, rows: int = 1, **options: Any) -> tuple[int, float]:
+    """Compile the program that `djax.generate(model, prompts, **options)` would run for `rows` prompts of up to
+    `prompt_length` tokens, and keep it: in this process, and in the compile cache for the next.
+
+    Returns the length of its canvas (what fits into it shares the program) and the seconds it took: 0 if it was there.
+    Takes `generate`'s options and raises its errors.
+    """
+    asked = _asked(model, prompt_length, rows, options)
+    enable_cache()
+    return asked.asks[0].tokens.shape[1], compiled(model, asked, asked.asks[0])[1]
+
+
+def export_program(
+    model: Model,
+    directory: str | os.PathLike,
+    *,
+    prompt_length: int = 64,
+    rows: int = 1,
+    platform: str | None = None,
+    **options: Any,
+) -> None:
+    """Write the decode as a directory that jax alone can run, with djax's Python code nowhere near.
+
+    program.jaxexport: what `jax.export.deserialize` reads; its `call(parameters, request, numbers)` returns a dict of tokens
+    int32 `[B, L]`, forwards, refreshes and positions int32 `[B]`, and active bool `[B]`, true only for a row left unfinished.
+    parameters.safetensors: the first argument, a flat dict. manifest.json: shapes and dtypes of the request's fields
+    (`djax.program.Request` has their meaning), the numbers of decoder, cache and smoothing as they were given, the mask's id.
+
+    platform: what it is to run on, cpu, cuda, rocm or tpu, which need not be here; None for this process' own. The other
+    options are `generate`'s. The directory must not exist and appears whole or not at all. Raises `OptionError` for an unknown
+    platform, for a model on a mesh, and where the package flatbuffers is not installed.
+    """
+    free(directory)  # before anything is traced
+    platform = jax.default_backend() if platform is None else platform
+    platform = "cuda" if platform == "gpu" else platform
+    if platform not in PLATFORMS:
+        raise OptionError(f"platform: expected one of {', '.join(PLATFORMS)}, got {platform!r}")
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise OptionError(
+            "export_program: jax writes its exports with flatbuffers, which is not installed; pip install flatbuffers"
+        )
+    if model.mesh is not None:
+        raise OptionError("export_program: expected a model on one device, this one lies on a mesh; load it without one")
+    asked = _asked(model, prompt_length, rows, options)
+    (ask,), (numbers, plugs) = asked.asks, jax.tree.flatten(asked.plugs)
+    parameters = {".".join(path): leaf for path, leaf in traverse_util.flatten_dict(model.params).items()}
+    numbers = [np.asarray(n, np.float32 if isinstance(n, float) else np.int32) for n in numbers]
+
+    def program(parameters: dict[str, Any], request: dict[str, Any], numbers: list[Any]) -> dict[str, Any]:
+        params = traverse_util.unflatten_dict(parameters, sep=".")
+        statics = dict(family=model.family, config=model.config, block=asked.block(ask))
+        out: Rows = decode(
+            *(params, Request(**request), *jax.tree.unflatten(plugs, numbers)), **statics, sampled=asked.sampled, traced=False
+        )
+        return {name: getattr(out, name) for name in _RESULTS}
+
+    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (parameters, ask._asdict(), numbers))
+    allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in _UNPROMISED]
+    with computing(model):
+        exported = jax.export.export(jax.jit(program), platforms=[platform], disabled_checks=allowed)(*arguments)
+    manifest = {
+        "jax": jax.__version__,
+        "platform": platform,
+        "request": {name: {"shape": list(a.shape), "dtype": str(a.dtype)} for name, a in ask._asdict().items()},
+        "numbers": [n.item() for n in numbers],
+        "decoder, cache, smoothing": [repr(p) for p in asked.plugs],
+        "mask_id": model.config.mask_id,
+        "eos_id": model.config.eos_id,
+    }
+    with new_directory(directory) as partial:
+        (partial / PROGRAM).write_bytes(exported.serialize())
+        save_file({name: np.asarray(a) for name, a in parameters.items()}, partial / PARAMETERS)
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def _asked(model: Model, prompt_length: int, rows: int, options: dict[str, Any]) -> Asked:
+    """The request of prompts of this length, whose tokens do not matter."""
+    prompt_length = whole_number(prompt_length, "prompt_length", at_least=1)
+    rows = whole_number(rows, "rows", at_least=1)
+    known = {p.name: p.default for p in inspect.signature(generate).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    if unknown := set(options) - set(known):
+        raise TypeError(f"unexpected options {sorted(unknown)}; those of djax.generate are {sorted(known)}")
+    if options.get("max_batch") is not None:
+        raise OptionError(f"max_batch: expected None, the rows of a program are `rows`; got {options['max_batch']!r}")
+    token = next(t for t in range(3) if t not in (model.config.mask_id, model.config.eos_id))
+    return prepare(model, [[token] * prompt_length] * rows, **(known | options))
