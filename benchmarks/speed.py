@@ -248,6 +248,48 @@ def growth(repeats: int, note: Callable[[str], None]) -> Iterator[dict[str, Any]
             yield line | {"window": window, "refresh_of_a_row": refresh, "repeats": repeats}
 
 
+def experts(repeats: int, note: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """One expert layer of the mid-size model by back end and tokens, even routing and lopsided, beside products that are grouped
+    perfectly: as many rows an expert as the mean, already in place."""
+    from djax.models import moe
+
+    width, count, top = midsize.HF["hidden_size"], midsize.HF["num_experts"], midsize.HF["num_experts_per_tok"]
+    keys = jax.random.split(jax.random.key(0), 4)
+    w_in = jax.random.normal(keys[0], (count, width, 2 * midsize.HF["expert_intermediate_size"])) * width**-0.5
+    w_out = jax.random.normal(keys[1], (count, midsize.HF["expert_intermediate_size"], width)) * width**-0.5
+
+    def layer(form: Callable[..., Any], x: jax.Array, routing: Any) -> Callable[[], float]:
+        program = jax.jit(form).lower(x, routing, w_in, w_out, jnp.ones(len(x), bool)).compile()
+        return lambda: timed(lambda: program(x, routing, w_in, w_out, jnp.ones(len(x), bool)))
+
+    def timed(run: Callable[[], Any]) -> float:
+        began = time.perf_counter()
+        for _ in range(5):
+            jax.block_until_ready(run())
+        return (time.perf_counter() - began) / 5
+
+    def perfectly(x: jax.Array) -> Callable[[], float]:
+        rows = jnp.broadcast_to(x[: len(x) * top // count], (count, len(x) * top // count, width))
+        program = jax.jit(
+            lambda rows, w_in, w_out: jnp.einsum("ecf,efd->ecd", moe.gated(jnp.einsum("ecd,edf->ecf", rows, w_in)), w_out)
+        )
+        return lambda: timed(lambda: program(rows, w_in, w_out))
+
+    for tokens in (16, 64, 320, 1024):
+        x = jax.random.normal(keys[2], (tokens, width))
+        even = jax.random.normal(keys[3], (width, count)) * width**-0.5
+        alike = x.at[: tokens * 7 // 8].set(x[0])  # most masks of a canvas are alike, and go to the same experts
+        contenders = {
+            "grouped": layer(moe.grouped, x, moe.route(x, even, top, renormalise=False)),
+            "grouped, 7 of 8 tokens alike": layer(moe.grouped, alike, moe.route(alike, even, top, renormalise=False)),
+            "dense": layer(moe.dense, x, moe.route(x, even, top, renormalise=False)),
+            "perfectly grouped": perfectly(x),
+        }
+        for name, times in in_turns(contenders, repeats, lambda _: None).items():
+            note(f"experts, {tokens} tokens, {name}: {1e3 * statistics.median(times):.2f} ms")
+            yield {"of": "experts", "tokens": tokens, "name": name, "seconds": statistics.median(times), "repeats": repeats}
+
+
 def start(repeats: int, note: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """Seconds of `import djax`, and of `djax generate` on the small model with an empty compile cache and with a filled one."""
     question = "Ben has 20 coins. He finds 3 boxes with 6 coins each. He loses 9. How many coins does Ben have now?"
@@ -277,7 +319,7 @@ def start(repeats: int, note: Callable[[str], None]) -> Iterator[dict[str, Any]]
         yield {"of": "start", "name": name, "seconds": statistics.median(so_far), "repeats": repeats}
 
 
-PARTS = {"windows": windows, "answers": answers, "growth": growth, "start": start}
+PARTS = {"windows": windows, "answers": answers, "growth": growth, "experts": experts, "start": start}
 
 
 def run(parts: list[str], repeats: int, out: Path, readme: Path | None, note: Callable[[str], None]) -> str:
@@ -348,6 +390,15 @@ def _growth_table(lines: list[dict[str, Any]]) -> list[str]:
     text = ["| canvas | batch | block | window step | refresh of a row |", "|---|---|---|---|---|"]
     for x in lines:
         text.append(f"| {x['canvas']} | {x['batch']} | {x['block']} | {_ms(x['window'])} | {_ms(x['refresh_of_a_row'])} |")
+    return text
+
+
+def _experts_table(lines: list[dict[str, Any]]) -> list[str]:
+    names = list(dict.fromkeys(x["name"] for x in lines))
+    text = [f"| expert layer, tokens | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    for tokens in dict.fromkeys(x["tokens"] for x in lines):
+        by = {x["name"]: x["seconds"] for x in lines if x["tokens"] == tokens}
+        text.append(f"| {tokens} | {' | '.join(f'{1e3 * by[name]:.2f} ms' for name in names)} |")
     return text
 
 

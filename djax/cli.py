@@ -458,8 +458,8 @@ class Speed:
 
     out: Annotated[Path, arg(metavar="DIR")]
     """Where speed.jsonl goes."""
-    parts: tuple[str, ...] = ("windows", "answers", "growth", "start")
-    """What to measure: windows, answers, growth, start. The lines of other parts stay."""
+    parts: tuple[str, ...] = ("windows", "answers", "growth", "experts", "start")
+    """What to measure: windows, answers, growth, experts, start. The lines of other parts stay."""
     repeats: int = 5
     """How often each is measured."""
     readme: Annotated[Path | None, arg(metavar="FILE")] = None

@@ -69,5 +69,5 @@ def test_a_part_measured_anew_leaves_the_others(tmp_path, monkeypatch):
 
 
 def test_unknown_parts(tmp_path):
-    with pytest.raises(OptionError, match="--parts: unknown speed; there are: windows, answers, growth, start"):
+    with pytest.raises(OptionError, match="--parts: unknown speed; there are: windows, answers, growth, experts, start"):
         speed.run(["speed"], 1, tmp_path, None, print)
