@@ -249,8 +249,8 @@ def growth(repeats: int, note: Callable[[str], None]) -> Iterator[dict[str, Any]
 
 
 def experts(repeats: int, note: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """One expert layer of the mid-size model by back end and tokens, even routing and lopsided, beside products that are grouped
-    perfectly: as many rows an expert as the mean, already in place."""
+    """One expert layer of the mid-size model by back end and tokens, even routing and lopsided, beside products that are
+    grouped perfectly: as many rows an expert as the mean, already in place."""
     from djax.models import moe
 
     width, count, top = midsize.HF["hidden_size"], midsize.HF["num_experts"], midsize.HF["num_experts_per_tok"]

@@ -1,4 +1,8 @@
-"""The fused attention kernel, interpreted, against the plain form: values, gradients, and what is hidden."""
+"""The fused attention kernel, interpreted on a CPU, against the plain form: values, gradients, and what is hidden."""
+
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +12,8 @@ import pytest
 from djax.models.attention import fused, plain, suits
 from djax.models.layers import rotary_angles
 
+# On a machine with a GPU the kernel itself runs.
+INTERPRET = jax.default_backend() == "cpu"
 BATCH, WINDOW, GROUPS, HEAD_DIM, CANVAS = 2, 39, 2, 32, 100
 EPS = 1e-5
 
@@ -35,7 +41,7 @@ def inputs(per_group, dtype, cache, seed=0):
 def test_the_kernel_equals_the_plain_form(cache, per_group, dtype, close):
     arguments = inputs(per_group, dtype, cache)
     valid = np.asarray(arguments[3])
-    got, k, v = fused(*arguments, eps=EPS, interpret=True)
+    got, k, v = fused(*arguments, eps=EPS, interpret=INTERPRET)
     expected, plain_k, plain_v = plain(*arguments, eps=EPS)
     assert got.dtype == k.dtype == v.dtype == dtype
     np.testing.assert_allclose(np.asarray(got, np.float32)[valid], np.asarray(expected, np.float32)[valid], atol=close)
@@ -47,8 +53,8 @@ def test_hidden_keys_weigh_nothing():
     qkv, norms, angles, valid, (k, v), visible = inputs(1, jnp.float32, True)
     hidden = jnp.repeat(~visible, HEAD_DIM, axis=1)[:, None, :]
     spoiled = jnp.where(hidden, 1e6, k), jnp.where(hidden, -1e6, v)
-    one = fused(qkv, norms, angles, valid, (k, v), visible, eps=EPS, interpret=True)[0]
-    two = fused(qkv, norms, angles, valid, spoiled, visible, eps=EPS, interpret=True)[0]
+    one = fused(qkv, norms, angles, valid, (k, v), visible, eps=EPS, interpret=INTERPRET)[0]
+    two = fused(qkv, norms, angles, valid, spoiled, visible, eps=EPS, interpret=INTERPRET)[0]
     assert np.array_equal(np.asarray(one)[valid], np.asarray(two)[valid])
 
 
@@ -59,10 +65,28 @@ def test_the_gradient_is_the_plain_form_s():
         out, k, v = form(qkv)
         return jnp.sum(jnp.where(arguments[3][..., None, None], out, 0) ** 2) + jnp.sum(k * v)
 
-    got = jax.grad(lambda x: loss(lambda x: fused(x, *arguments[1:], eps=EPS, interpret=True), x))(arguments[0])
+    got = jax.grad(lambda x: loss(lambda x: fused(x, *arguments[1:], eps=EPS, interpret=INTERPRET), x))(arguments[0])
     expected = jax.grad(lambda x: loss(lambda x: plain(x, *arguments[1:], eps=EPS), x))(arguments[0])
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
 def test_widths_it_does_not_take_go_the_plain_way():
     assert suits(128) and suits(64) and not suits(80) and not suits(16)
+
+
+def test_the_plain_form_can_be_chosen():
+    """On a GPU, for whoever mistrusts the kernel."""
+    code = "import djax.models.attention as a; print(a.suits(128))"
+    for form, expected in (("kernel", "True"), ("xla", "False")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"DJAX_ATTENTION": form}, capture_output=True, text=True, cwd="/"
+        )
+        assert done.stdout.strip() == expected
+    done = subprocess.run(
+        [sys.executable, "-m", "djax.cli", "generate", "x"],
+        env=os.environ | {"DJAX_ATTENTION": "fast"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "DJAX_ATTENTION: expected 'kernel' or 'xla', got 'fast'" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -4,6 +4,7 @@ The plain form is XLA's own operations. On a CUDA GPU one Pallas kernel does the
 nothing of size window x canvas is in memory.
 """
 
+import os
 from functools import partial
 from typing import Any
 
@@ -11,8 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from djax.errors import OptionError
 from djax.models.layers import HIDDEN, attend, flat, rms_norm, rotate, split
 
+ENVIRONMENT = "DJAX_ATTENTION"
 Pair = tuple[jax.Array, jax.Array]
 # Rows of a tile. Tensor cores take no fewer than 16; more would leave a GPU that has two heads of a window with nothing to do.
 QUERIES, CACHED, FRESH = 16, 64, 32
@@ -26,7 +29,7 @@ def attention(
     qkv `[B, W, G, H / G + 2, K]`: a group's queries, its key, its value. norms: weights `[K]` of the queries' and of the
     keys' normalisation. angles: cos and sin `[B, W, K]` (`layers.rotary_angles`). valid, cached, visible: as in `attend`.
     Returns the attended values `[B, W, H, K]` and the window's k (after rotary) and v, `[B, G, W * K]` each.
-    The form is chosen when the program is lowered: the kernel on CUDA if the heads' width suits it, else the plain one.
+    The form is chosen when the program is lowered: the kernel on CUDA if it `suits`, else the plain one.
     """
     arguments = (qkv, norms, angles, valid, cached, visible)
     if not suits(qkv.shape[-1]):
@@ -35,8 +38,12 @@ def attention(
 
 
 def suits(head_dim: int) -> bool:
-    """Whether the kernel takes heads of this width: it works on halves, whose size must be a power of two, at least 16."""
-    return head_dim in (32, 64, 128, 256)
+    """Whether the kernel takes heads of this width: it works on halves, whose size must be a power of two, at least 16. None
+    where DJAX_ATTENTION=xla asks for the plain form (on a GPU, to compare, or in doubt)."""
+    form = os.environ.get(ENVIRONMENT, "kernel")
+    if form not in ("kernel", "xla"):
+        raise OptionError(f"{ENVIRONMENT}: expected 'kernel' or 'xla', got {form!r}")
+    return form == "kernel" and head_dim in (32, 64, 128, 256)
 
 
 def plain(
