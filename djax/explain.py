@@ -107,7 +107,7 @@ def _back_ends(model: Model) -> dict[str, str]:
     if not hasattr(model.family, "back_ends"):
         return {}
     platform = jax.default_backend()
-    return {f"{layer} on {platform}": form for layer, form in model.family.back_ends(model.config, platform).items()}
+    return {layer: f"{form} (on {platform})" for layer, form in model.family.back_ends(model.config, platform).items()}
 
 
 def _leaves(asked: Asked) -> str:

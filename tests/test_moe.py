@@ -64,6 +64,16 @@ def test_many_tiles_a_group():
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * float(jnp.max(jnp.abs(expected))))
 
 
+@pytest.mark.parametrize("tokens", [20, 140, 700])
+def test_one_loop_over_tiles_for_few_rows_two_for_many(tokens):
+    x, router, w_in, w_out = layer()
+    x = jnp.resize(x, (tokens, WIDTH))
+    arguments = x, moe.route(x, router, TOP, renormalise=False), w_in, w_out, jnp.ones(tokens, bool)
+    loops = jax.jit(moe.grouped).lower(*arguments).as_text().count("stablehlo.while")
+    assert loops == (1 if tokens * TOP < 256 else 2)
+    np.testing.assert_allclose(moe.grouped(*arguments), moe.plain(*arguments), atol=2e-4)
+
+
 def test_router_weights():
     x, router, *_ = layer()
     weights, ids, gates, probs = moe.route(x.astype(jnp.bfloat16), router, TOP, renormalise=False)

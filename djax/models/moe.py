@@ -129,19 +129,19 @@ class _Tiles:
     """Which rows and which expert each tile covers. Rows are the (token, choice) pairs sorted by expert.
 
     As many wide tiles of an expert as it can fill, whose products are fast; what is left of it in narrow ones, so that a
-    small group wastes little. Both widths were measured on a CPU, over even and over lopsided groups.
+    small group wastes little. The widths were measured on a CPU, over even and over lopsided groups; where there are few rows
+    no expert is likely to fill a wide tile, and a second loop would only be more to compile.
     """
 
     def __init__(self, ids: jax.Array, count: int) -> None:
         rows = ids.size
-        self.widths = (64 if rows < 128 * count else 128, 16)
+        self.widths = (16,) if rows < 256 else (64, 16) if rows < 128 * count else (128, 16)
         flat = ids.reshape(rows)
         self.order = jnp.argsort(flat, stable=True)
         self.inverse = jnp.argsort(self.order)
         sizes = jnp.sum(flat[:, None] == jnp.arange(count, dtype=flat.dtype)[None, :], axis=0)
         self.ends = jnp.cumsum(sizes)
         self.starts = self.ends - sizes
-        self.wide = sizes // self.widths[0]
 
     def sort(self, pairs: jax.Array) -> jax.Array:
         """`[T, D]`, or `[T * J, D]` a pair, -> `[T * J + pad, D]`, padded so that the last tile may reach past the end."""
@@ -151,9 +151,10 @@ class _Tiles:
     def fold(self, run: Callable[..., Any], carry: Any) -> Any:
         """carry = run(width, expert, row, own, carry) for every tile: its expert, its first row, and bool `[width, 1]`,
         the rows that are the expert's own. Wide tiles come first."""
-        wide, narrow = self.widths
-        rest = self.starts + self.wide * wide
-        for width, first, tiles in ((wide, self.starts, self.wide), (narrow, rest, -(-(self.ends - rest) // narrow))):
+        first = self.starts
+        for width in self.widths:
+            rows = self.ends - first
+            tiles = -(-rows // width) if width == self.widths[-1] else rows // width
             tile_ends = jnp.cumsum(tiles)
 
             def turn(j: jax.Array, carry: Any, width: int = width, at: tuple = (first, tile_ends - tiles, tile_ends)) -> Any:
@@ -164,6 +165,7 @@ class _Tiles:
                 return run(width, expert, row, own, carry)
 
             carry = jax.lax.fori_loop(0, tile_ends[-1], turn, carry)
+            first = first + tiles * width
         return carry
 
 
