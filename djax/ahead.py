@@ -1,7 +1,6 @@
 """Programs made before they are needed: compiled into the cache, or exported as a file that runs without djax."""
 
 import importlib.util
-import inspect
 import json
 import os
 from typing import Any
@@ -15,10 +14,10 @@ from djax.checkpoint import free, new_directory
 from djax.checks import whole_number
 from djax.compilation import enable_cache
 from djax.errors import OptionError
-from djax.generate import compiled, generate
+from djax.generate import ask, compiled
 from djax.model import Model, computing
 from djax.program import Request, Rows, decode
-from djax.request import Asked, prepare
+from djax.request import Asked
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 PROGRAM, PARAMETERS, MANIFEST = "program.jaxexport", "parameters.safetensors", "manifest.json"
@@ -34,7 +33,7 @@ def compile(model: Model, *, prompt_length: int = 64, rows: int = 1, **options: 
     Returns the length of its canvas (what fits into it shares the program) and the seconds it took: 0 if it was there.
     Takes `generate`'s options and raises its errors.
     """
-    asked = _asked(model, prompt_length, rows, options)
+    asked = _asked(model, prompt_length, rows, options, "compile")
     enable_cache()
     return asked.asks[0].tokens.shape[1], compiled(model, asked, asked.asks[0])[1]
 
@@ -70,27 +69,27 @@ def export_program(
         )
     if model.mesh is not None:
         raise OptionError("export_program: expected a model on one device, this one lies on a mesh; load it without one")
-    asked = _asked(model, prompt_length, rows, options)
-    (ask,), (numbers, plugs) = asked.asks, jax.tree.flatten(asked.plugs)
+    asked = _asked(model, prompt_length, rows, options, "export_program")
+    (request,), (numbers, plugs) = asked.asks, jax.tree.flatten(asked.plugs)
     parameters = {".".join(path): leaf for path, leaf in traverse_util.flatten_dict(model.params).items()}
     numbers = [np.asarray(n, np.float32 if isinstance(n, float) else np.int32) for n in numbers]
 
     def program(parameters: dict[str, Any], request: dict[str, Any], numbers: list[Any]) -> dict[str, Any]:
         params = traverse_util.unflatten_dict(parameters, sep=".")
-        statics = dict(family=model.family, config=model.config, block=asked.block(ask))
+        statics = dict(family=model.family, config=model.config, block=asked.block(asked.asks[0]))
         out: Rows = decode(
             *(params, Request(**request), *jax.tree.unflatten(plugs, numbers)), **statics, sampled=asked.sampled, traced=False
         )
         return {name: getattr(out, name) for name in _RESULTS}
 
-    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (parameters, ask._asdict(), numbers))
+    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (parameters, request._asdict(), numbers))
     allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in _UNPROMISED]
     with computing(model):
         exported = jax.export.export(jax.jit(program), platforms=[platform], disabled_checks=allowed)(*arguments)
     manifest = {
         "jax": jax.__version__,
         "platform": platform,
-        "request": {name: {"shape": list(a.shape), "dtype": str(a.dtype)} for name, a in ask._asdict().items()},
+        "request": {name: {"shape": list(a.shape), "dtype": str(a.dtype)} for name, a in request._asdict().items()},
         "numbers": [n.item() for n in numbers],
         "decoder, cache, smoothing": [repr(p) for p in asked.plugs],
         "mask_id": model.config.mask_id,
@@ -102,14 +101,11 @@ def export_program(
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def _asked(model: Model, prompt_length: int, rows: int, options: dict[str, Any]) -> Asked:
+def _asked(model: Model, prompt_length: int, rows: int, options: dict[str, Any], caller: str) -> Asked:
     """The request of prompts of this length, whose tokens do not matter."""
     prompt_length = whole_number(prompt_length, "prompt_length", at_least=1)
     rows = whole_number(rows, "rows", at_least=1)
-    known = {p.name: p.default for p in inspect.signature(generate).parameters.values() if p.kind is p.KEYWORD_ONLY}
-    if unknown := set(options) - set(known):
-        raise TypeError(f"unexpected options {sorted(unknown)}; those of djax.generate are {sorted(known)}")
     if options.get("max_batch") is not None:
         raise OptionError(f"max_batch: expected None, the rows of a program are `rows`; got {options['max_batch']!r}")
     token = next(t for t in range(3) if t not in (model.config.mask_id, model.config.eos_id))
-    return prepare(model, [[token] * prompt_length] * rows, **(known | options))
+    return ask(model, [[token] * prompt_length] * rows, options, caller)

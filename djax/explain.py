@@ -1,7 +1,6 @@
 """What a decode would do, before anything compiles: what is legal, which forwards of which size, what stays in memory."""
 
 import dataclasses
-import inspect
 from typing import Any
 
 import jax
@@ -9,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from djax.decoding.contract import Tick, draws
-from djax.generate import generate
+from djax.generate import ask
 from djax.model import Model
 from djax.program import Request, reach
-from djax.request import Asked, carried_bytes, prepare
+from djax.request import Asked, carried_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,16 +63,12 @@ def explain(model: Model, prompts: Any, **options: Any) -> Explanation | list[Ex
 
     Takes the same options and raises the same errors.
     """
-    defaults = inspect.signature(generate).parameters.values()
-    known = {p.name: p.default for p in defaults if p.kind is p.KEYWORD_ONLY}
-    if unknown := set(options) - set(known):
-        raise TypeError(f"explain() got unexpected options {sorted(unknown)}; those of djax.generate are {sorted(known)}")
-    asked = prepare(model, prompts, **(known | options))
+    asked = ask(model, prompts, options, "explain")
     out = [
-        Explanation(_facts(model, asked, ask, b), _blocks(model, asked, ask, b))
-        for ask in asked.asks
-        for b in range(len(ask.prompt))
-        if ask.total[b]
+        Explanation(_facts(model, asked, group, b), _blocks(model, asked, group, b))
+        for group in asked.asks
+        for b in range(len(group.prompt))
+        if group.total[b]
     ]
     return out[0] if asked.single else out
 

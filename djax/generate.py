@@ -1,6 +1,7 @@
 """The public `generate`: have what is asked checked and laid out, compile and run the one program, read the answers."""
 
 import dataclasses
+import inspect
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -119,6 +120,17 @@ def generate(
     enable_cache()
     out = [generation for ask in asked.asks for generation in _run(model, asked, ask)]
     return out[0] if asked.single else out
+
+
+def ask(model: Model, prompts: Any, options: dict[str, Any], caller: str) -> Asked:
+    """What `generate(model, prompts, **options)` would be asked, checked, for functions that take its options.
+
+    Raises `TypeError`, naming the caller, for an option that `generate` does not have, and `generate`'s errors.
+    """
+    known = {p.name: p.default for p in inspect.signature(generate).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    if unknown := set(options) - set(known):
+        raise TypeError(f"{caller}() got unexpected options {sorted(unknown)}; those of djax.generate are {sorted(known)}")
+    return prepare(model, prompts, **(known | options))
 
 
 # The last programs used, the oldest first. A program of a CPU takes hundreds of memory mappings, of which Linux gives a

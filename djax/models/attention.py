@@ -89,21 +89,13 @@ def fused(
     return run(*arguments)
 
 
-def _call(
-    qkv: jax.Array,
-    norms: Pair,
-    angles: Pair,
-    valid: jax.Array,
-    cached: Pair | None,
-    visible: jax.Array | None,
-    *,
-    eps: float,
-    interpret: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _call(*arguments: Any, eps: float, interpret: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The kernel on one device; arguments as `fused` has them."""
     # Half a second to import, for the programs of a GPU alone.
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu
 
+    qkv, norms, angles, valid, cached, visible = arguments
     batch, window, groups, slots, head_dim = qkv.shape
     heads = groups * (slots - 2)
     angles = tuple(a[..., : head_dim // 2].astype(qkv.dtype) for a in angles)

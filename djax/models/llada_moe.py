@@ -277,7 +277,7 @@ def trunk_with_routing(
 
 
 def back_ends(config: Config, platform: str) -> dict[str, str]:
-    """Which form of each layer a program for this platform has, and why; for people to read."""
+    """Which form of each layer a program for this platform has, for people to read."""
     grouped, fused = platform == "cpu", platform in ("cuda", "gpu") and suits(config.head_dim)
     return {
         "experts": "grouped in tiles, of the chosen ones" if grouped else "dense, all of them on every token",
