@@ -20,7 +20,7 @@ import numpy as np
 
 from djax.benchmarks import hlo
 from djax.benchmarks.circumstances import circumstances
-from djax.benchmarks.report import with_part, write, write_lines
+from djax.benchmarks.report import put, write_lines
 from djax.errors import OptionError
 
 # LLaDA-MoE-7B-A1B: the values of its config.json.
@@ -192,8 +192,7 @@ def run(target: str, devices: list[int], out: Path, readme: Path | None, note: C
             )
     write_lines(out / "compile.jsonl", lines)
     text = table(lines)
-    if readme is not None:
-        write(readme, with_part(readme.read_text(), "compile", text))
+    put(readme, "compile", text)
     return text
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from djax.benchmarks.circumstances import circumstances
-from djax.benchmarks.report import read_lines, with_part, write, write_lines
+from djax.benchmarks.report import put, read_lines, write, write_lines
 from djax.errors import OptionError
 from djax.training.evaluate import difference
 
@@ -332,6 +332,5 @@ def finish(out: Path, readme: Path | None) -> str:
     text = markdown(lines)
     write(out / "ladder.md", text)
     draw(lines, out / "ladder.png")
-    if readme is not None:
-        write(readme, with_part(readme.read_text(), "ladder", summary(lines)))
+    put(readme, "ladder", summary(lines))
     return text

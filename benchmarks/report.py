@@ -33,3 +33,9 @@ def with_part(readme: str, name: str, text: str) -> str:
         raise OptionError(f"--readme: expected one line {begin} and one line {end}")
     before, rest = readme.split(begin)
     return f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
+
+
+def put(readme: Path | None, name: str, text: str) -> None:
+    """Write a benchmark's part into a README, if one is given."""
+    if readme is not None:
+        write(readme, with_part(readme.read_text(), name, text))

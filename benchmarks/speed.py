@@ -25,7 +25,7 @@ import numpy as np
 import djax
 from djax.benchmarks import midsize
 from djax.benchmarks.circumstances import circumstances
-from djax.benchmarks.report import read_lines, with_part, write, write_lines
+from djax.benchmarks.report import put, read_lines, write_lines
 from djax.errors import OptionError
 
 PROMPT, GENERATED, BLOCK, BEFORE, AFTER = 64, 256, 32, 16, 16
@@ -333,8 +333,7 @@ def run(parts: list[str], repeats: int, out: Path, readme: Path | None, note: Ca
         kept = [x for x in read_lines(file) if x["of"] != lines[0]["of"]] if file.is_file() else []
         write_lines(file, kept + lines)
     text = table(read_lines(file))
-    if readme is not None:
-        write(readme, with_part(readme.read_text(), "speed", text))
+    put(readme, "speed", text)
     return text
 
 

@@ -415,8 +415,7 @@ class SoftTop:
 
         model, problems = _model_and_problems(self.model, self.problems)
         text = soft_top.table(soft_top.measure(model, problems, self.out, _note(console)))
-        if self.readme is not None:
-            report.write(self.readme, report.with_part(self.readme.read_text(), "soft-top", text))
+        report.put(self.readme, "soft-top", text)
         print(text)
 
 
