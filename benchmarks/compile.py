@@ -87,6 +87,10 @@ def measure(
     def largest(*loops: str) -> int:
         return max((hlo.size(k.shape) for loop in loops for k in program.copies(loop)), default=0)
 
+    def listed(kernels: list[hlo.Instruction]) -> list[str]:
+        last = [k for k in kernels if program.layer(k) == config.layers - 1]
+        return [f"{k.op} {_brief(k.shape)} {_tail(k.source)}" for k in last]
+
     seconds_per_step = max(moved / TARGETS[target].bytes_per_second, flops / TARGETS[target].flops_per_second)
     return {
         "target": target,
@@ -107,9 +111,8 @@ def measure(
         "collective_bytes": sum(hlo.size(c.shape) for c in collectives),
         "kernels_per_layer": by_layer,
         "kernels_per_step": len(kernels),
-        "kernels_of_a_layer": [
-            f"{k.op} {_brief(k.shape)} {_tail(k.source)}" for k in kernels if program.layer(k) == config.layers - 1
-        ],
+        "kernels_of_a_layer": listed(kernels),
+        "kernels_of_a_refreshed_layer": listed(program.kernels(refresh)),
         "bytes_per_step": moved,
         "least_bytes": least,
         "bytes_over_least": round(moved / least, 3),

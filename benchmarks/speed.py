@@ -252,6 +252,7 @@ def experts(repeats: int, note: Callable[[str], None]) -> Iterator[dict[str, Any
     """One expert layer of the mid-size model by back end and tokens, even routing and lopsided, beside products that are
     grouped perfectly: as many rows an expert as the mean, already in place."""
     from djax.models import moe
+    from djax.models.layers import gated
 
     width, count, top = midsize.HF["hidden_size"], midsize.HF["num_experts"], midsize.HF["num_experts_per_tok"]
     keys = jax.random.split(jax.random.key(0), 4)
@@ -271,7 +272,7 @@ def experts(repeats: int, note: Callable[[str], None]) -> Iterator[dict[str, Any
     def perfectly(x: jax.Array) -> Callable[[], float]:
         rows = jnp.broadcast_to(x[: len(x) * top // count], (count, len(x) * top // count, width))
         program = jax.jit(
-            lambda rows, w_in, w_out: jnp.einsum("ecf,efd->ecd", moe.gated(jnp.einsum("ecd,edf->ecf", rows, w_in)), w_out)
+            lambda rows, w_in, w_out: jnp.einsum("ecf,efd->ecd", gated(jnp.einsum("ecd,edf->ecf", rows, w_in)), w_out)
         )
         return lambda: timed(lambda: program(rows, w_in, w_out))
 

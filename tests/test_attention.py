@@ -75,18 +75,18 @@ def test_widths_it_does_not_take_go_the_plain_way():
 
 
 def test_the_plain_form_can_be_chosen():
-    """On a GPU, for whoever mistrusts the kernel."""
-    code = "import djax.models.attention as a; print(a.suits(128))"
-    for form, expected in (("kernel", "True"), ("xla", "False")):
+    """On a GPU, for whoever mistrusts the kernels."""
+    code = "from djax.models import attention, moe; print(attention.suits(128), moe.form('cuda', 999, (8, 64, 128)))"
+    for form, expected in (("pallas", "True kernel"), ("xla", "False dense")):
         done = subprocess.run(
-            [sys.executable, "-c", code], env=os.environ | {"DJAX_ATTENTION": form}, capture_output=True, text=True, cwd="/"
+            [sys.executable, "-c", code], env=os.environ | {"DJAX_KERNELS": form}, capture_output=True, text=True, cwd="/"
         )
         assert done.stdout.strip() == expected
     done = subprocess.run(
         [sys.executable, "-m", "djax.cli", "generate", "x"],
-        env=os.environ | {"DJAX_ATTENTION": "fast"},
+        env=os.environ | {"DJAX_KERNELS": "fast"},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 2 and "DJAX_ATTENTION: expected 'kernel' or 'xla', got 'fast'" in done.stderr
+    assert done.returncode == 2 and "DJAX_KERNELS: expected 'pallas' or 'xla', got 'fast'" in done.stderr
     assert "Traceback" not in done.stderr

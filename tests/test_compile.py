@@ -38,6 +38,9 @@ def test_the_program_for_h100s(devices, smoothing):
     assert facts["largest_copy_in_step"] <= 4 * 1280
     assert facts["bytes_per_step"] > facts["least_bytes"]
     assert max(facts["kernels_per_layer"][1:]) <= 14
+    # A refresh's experts are the two kernels, after attention's: no product of all experts with all of the canvas.
+    calls = [k for k in facts["kernels_of_a_refreshed_layer"] if "pallas_call" in k]
+    assert len(calls) == 3 and not any("64,1280" in k for k in facts["kernels_of_a_refreshed_layer"]), calls
 
 
 def test_targets():

@@ -1,21 +1,26 @@
 """The expert layer's back ends and their gradients against the plain per-token form."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from djax.models import moe
+from djax.models import expert_kernel, moe
 
-TOKENS, WIDTH, EXPERTS, EXPERT_WIDTH, TOP = 70, 16, 6, 12, 2
+# The widths are the least that the kernel takes.
+TOKENS, WIDTH, EXPERTS, EXPERT_WIDTH, TOP = 70, 64, 6, 64, 2
+# On a machine with a GPU the kernel itself runs.
+kernel = partial(moe.grouped, chosen=partial(expert_kernel.chosen, interpret=jax.default_backend() == "cpu"))
 
 
 def layer(seed=0):
     keys = jax.random.split(jax.random.key(seed), 4)
     x = jax.random.normal(keys[0], (TOKENS, WIDTH))
-    router = jax.random.normal(keys[1], (WIDTH, EXPERTS))
-    w_in = jax.random.normal(keys[2], (EXPERTS, WIDTH, 2 * EXPERT_WIDTH))
-    w_out = jax.random.normal(keys[3], (EXPERTS, EXPERT_WIDTH, WIDTH))
+    router = jax.random.normal(keys[1], (WIDTH, EXPERTS)) * WIDTH**-0.5
+    w_in = jax.random.normal(keys[2], (EXPERTS, WIDTH, 2 * EXPERT_WIDTH)) * WIDTH**-0.5
+    w_out = jax.random.normal(keys[3], (EXPERTS, EXPERT_WIDTH, WIDTH)) * EXPERT_WIDTH**-0.5
     return x, router, w_in, w_out
 
 
@@ -34,7 +39,7 @@ def rerouted(routing, choose):
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("back_end", [moe.dense, moe.grouped, moe.experts])
+@pytest.mark.parametrize("back_end", [moe.dense, moe.grouped, kernel, moe.experts])
 def test_back_ends_equal_the_plain_form_and_its_gradients(back_end, choice):
     x, router, w_in, w_out = layer()
     routing = rerouted(moe.route(x, router, TOP, renormalise=False), CHOICES[choice])
@@ -53,13 +58,14 @@ def test_back_ends_equal_the_plain_form_and_its_gradients(back_end, choice):
         np.testing.assert_allclose(got, expected, atol=2e-5 * float(jnp.max(jnp.abs(expected))))
 
 
-def test_many_tiles_a_group():
+@pytest.mark.parametrize("back_end", [moe.grouped, kernel])
+def test_many_tiles_a_group(back_end):
     """More rows an expert than the widest tile holds."""
     x, router, w_in, w_out = layer()
     x = jnp.tile(x, (20, 1)) + jnp.arange(20 * TOKENS)[:, None] * 1e-3
     routing = moe.route(x, router, TOP, renormalise=False)
     valid = jnp.ones(len(x), bool)
-    got = moe.grouped(x, routing, w_in, w_out, valid)
+    got = back_end(x, routing, w_in, w_out, valid)
     expected = moe.dense(x, routing, w_in, w_out, valid)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * float(jnp.max(jnp.abs(expected))))
 
@@ -72,6 +78,34 @@ def test_one_loop_over_tiles_for_few_rows_two_for_many(tokens):
     loops = jax.jit(moe.grouped).lower(*arguments).as_text().count("stablehlo.while")
     assert loops == (1 if tokens * TOP < 256 else 2)
     np.testing.assert_allclose(moe.grouped(*arguments), moe.plain(*arguments), atol=2e-4)
+
+
+def test_the_kernel_in_bfloat16_rounds_where_the_plain_form_does():
+    x, router, w_in, w_out = layer()
+    routing = moe.route(x, router, TOP, renormalise=False)
+    exact = moe.plain(x, routing, w_in, w_out, None)
+    x, w_in, w_out = (a.astype(jnp.bfloat16) for a in (x, w_in, w_out))
+    got = kernel(x, routing, w_in, w_out, jnp.ones(TOKENS, bool))
+    assert got.dtype == jnp.bfloat16
+
+    def off(y):
+        return float(jnp.max(jnp.abs(y.astype(jnp.float32) - exact)))
+
+    assert off(got) <= 1.5 * off(moe.plain(x, routing, w_in, w_out, None))
+
+
+def test_padding_costs_the_kernel_nothing_and_is_finite():
+    x, router, w_in, w_out = layer()
+    routing = moe.route(x, router, TOP, renormalise=False)
+    nobody = kernel(x, routing, w_in, w_out, jnp.zeros(TOKENS, bool))
+    np.testing.assert_array_equal(nobody, 0)
+
+
+def test_which_form_runs():
+    real, narrow = (64, 2048, 2048), (8, 48, 64)
+    assert [moe.form("cpu", tokens, real) for tokens in (16, 4096)] == ["tiles", "tiles"]
+    assert [moe.form("cuda", tokens, real) for tokens in (96, 256, 257, 4096)] == ["dense", "dense", "kernel", "kernel"]
+    assert moe.form("cuda", 4096, narrow) == moe.form("tpu", 4096, real) == "dense"
 
 
 def test_router_weights():

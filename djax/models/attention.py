@@ -4,7 +4,6 @@ The plain form is XLA's own operations. On a CUDA GPU one Pallas kernel does the
 nothing of size window x canvas is in memory.
 """
 
-import os
 from functools import partial
 from typing import Any
 
@@ -12,10 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from djax.errors import OptionError
-from djax.models.layers import HIDDEN, attend, flat, rms_norm, rotate, split
+from djax.models.layers import HIDDEN, attend, flat, kernels_wanted, rms_norm, rotate, split
 
-ENVIRONMENT = "DJAX_ATTENTION"
 Pair = tuple[jax.Array, jax.Array]
 # Rows of a tile. Tensor cores take no fewer than 16; more would leave a GPU that has two heads of a window with nothing to do.
 QUERIES, CACHED, FRESH = 16, 64, 32
@@ -39,11 +36,8 @@ def attention(
 
 def suits(head_dim: int) -> bool:
     """Whether the kernel takes heads of this width: it works on halves, whose size must be a power of two, at least 16. None
-    where DJAX_ATTENTION=xla asks for the plain form (on a GPU, to compare, or in doubt)."""
-    form = os.environ.get(ENVIRONMENT, "kernel")
-    if form not in ("kernel", "xla"):
-        raise OptionError(f"{ENVIRONMENT}: expected 'kernel' or 'xla', got {form!r}")
-    return form == "kernel" and head_dim in (32, 64, 128, 256)
+    where DJAX_KERNELS=xla."""
+    return kernels_wanted() and head_dim in (32, 64, 128, 256)
 
 
 def plain(

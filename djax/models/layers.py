@@ -1,5 +1,6 @@
 """The maths every family shares: normalisation, rotary positions, attention over cached and fresh keys."""
 
+import os
 from functools import reduce
 from typing import NamedTuple
 
@@ -7,6 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from djax.errors import OptionError
+
+ENVIRONMENT = "DJAX_KERNELS"
 # Finite, so that a query which sees nothing (a padded window position) gives a number instead of NaN.
 HIDDEN = -1e30
 
@@ -24,9 +28,18 @@ class Cache(NamedTuple):
     visible: jax.Array
 
 
+def kernels_wanted() -> bool:
+    """Whether a GPU's program may have djax's own Pallas kernels. DJAX_KERNELS=xla asks for XLA's operations alone: to
+    compare, or in doubt."""
+    form = os.environ.get(ENVIRONMENT, "pallas")
+    if form not in ("pallas", "xla"):
+        raise OptionError(f"{ENVIRONMENT}: expected 'pallas' or 'xla', got {form!r}")
+    return form == "pallas"
+
+
 def split() -> bool:
-    """Whether a mesh with our model axis is set; a caller's own mesh, with other axes, is none of ours."""
-    return "model" in jax.sharding.get_abstract_mesh().axis_names
+    """Whether a mesh is set whose model axis splits anything; a caller's own mesh, with other axes, is none of ours."""
+    return jax.sharding.get_abstract_mesh().shape.get("model", 1) > 1
 
 
 def replicated(x: jax.Array) -> jax.Array:
@@ -49,6 +62,12 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return x32.astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
+
+
+def gated(h: jax.Array) -> jax.Array:
+    """SwiGLU on `[..., 2F]`, gate half first."""
+    gate, up = jnp.split(h, 2, axis=-1)
+    return jax.nn.silu(gate) * up
 
 
 def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:

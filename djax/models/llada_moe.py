@@ -278,11 +278,15 @@ def trunk_with_routing(
 
 def back_ends(config: Config, platform: str) -> dict[str, str]:
     """Which form of each layer a program for this platform has, for people to read."""
-    grouped, fused = platform == "cpu", platform in ("cuda", "gpu") and suits(config.head_dim)
-    return {
-        "experts": "grouped in tiles, of the chosen ones" if grouped else "dense, all of them on every token",
-        "attention": "one Pallas kernel" if fused else "XLA's products",
+    forms = {
+        "tiles": "the chosen ones, in tiles",
+        "dense": "all of them on every token",
+        "kernel": f"Pallas kernels of the chosen ones for over {moe.DENSE} tokens at once, else all of them on every token",
     }
+    platform = "cuda" if platform == "gpu" else platform
+    experts = moe.form(platform, moe.DENSE + 1, (config.experts, config.width, 2 * config.expert_width))
+    fused = platform == "cuda" and suits(config.head_dim)
+    return {"experts": forms[experts], "attention": "one Pallas kernel" if fused else "XLA's products"}
 
 
 def empty_cache(params: Any, config: Config, batch: int, length: int) -> tuple[tuple[jax.Array, jax.Array], ...]:

@@ -5,15 +5,18 @@ Letters: T tokens, D width, E experts, J experts a token, F expert width.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
-from djax.models.layers import replicated
+from djax.models import expert_kernel, expert_tiles
+from djax.models.layers import gated, replicated, split
+
+# Tokens up to which an accelerator computes all experts on all of them.
+DENSE = 256
 
 
 class Routing(NamedTuple):
@@ -51,22 +54,29 @@ def route(x: jax.Array, router: jax.Array, top: int, renormalise: bool) -> Routi
     return Routing(weights, ids.astype(jnp.int32), replicated(gates), probs)
 
 
-def gated(h: jax.Array) -> jax.Array:
-    """SwiGLU on `[..., 2F]`, gate half first."""
-    gate, up = jnp.split(h, 2, axis=-1)
-    return jax.nn.silu(gate) * up
-
-
 def experts(x: jax.Array, routing: Routing, w_in: jax.Array, w_out: jax.Array, valid: jax.Array) -> jax.Array:
     """Weighted sum of the chosen experts' outputs, `[T, D]` in x's dtype.
 
     x `[T, D]`, w_in `[E, D, 2F]` (gate, then up), w_out `[E, F, D]`, valid bool `[T]`: rows that are padding get an arbitrary
-    finite value and, where the back end can, cost nothing. The back end is chosen when the program is lowered, from the
-    platform: on an accelerator every weight is read anyway by the few hundred tokens of a window step, so dense products
-    are at the memory roofline and their surplus FLOPs are free; on a CPU only the chosen experts are worth computing. Under
-    a mesh the experts are split over its model axis, and their sum is what the caller constrains to replicated.
+    finite value and, where the back end can, cost nothing. The back end is chosen when the program is lowered, by `form`.
+    Under a mesh the experts are split over its model axis, and their sum is what the caller constrains to replicated.
     """
-    return jax.lax.platform_dependent(x, routing, w_in, w_out, valid, cpu=grouped, default=dense)
+    back_ends = {"dense": dense, "tiles": grouped, "kernel": partial(grouped, chosen=expert_kernel.chosen)}
+    names = {platform: form(platform, len(x), w_in.shape) for platform in ("cpu", "cuda", "default")}
+    return jax.lax.platform_dependent(x, routing, w_in, w_out, valid, **{p: back_ends[name] for p, name in names.items()})
+
+
+def form(platform: str, tokens: int, w_in: tuple[int, int, int]) -> str:
+    """Which back end runs: 'tiles', 'dense' or 'kernel'.
+
+    On a CPU only the chosen experts are worth computing (measured: `djax bench speed --parts experts`). An accelerator reads
+    every expert's weights for the tokens of a window step anyway, and up to about 300 tokens (its FLOPs a second over its
+    bytes a second) that takes longer than the products of all experts with all tokens; beyond, on CUDA, the kernel computes
+    the chosen ones alone. w_in: the shape of the experts' first weights, `[E, D, 2F]`.
+    """
+    if platform == "cpu":
+        return "tiles"
+    return "kernel" if platform == "cuda" and tokens > DENSE and expert_kernel.suits(w_in) else "dense"
 
 
 def plain(x: jax.Array, routing: Routing, w_in: jax.Array, w_out: jax.Array, valid: jax.Array) -> jax.Array:
@@ -99,20 +109,28 @@ def dense(x: jax.Array, routing: Routing, w_in: jax.Array, w_out: jax.Array, val
     return jax.lax.map(run, tuple(parts)).reshape(-1, x.shape[1])[:tokens]
 
 
-def grouped(x: jax.Array, routing: Routing, w_in: jax.Array, w_out: jax.Array, valid: jax.Array) -> jax.Array:
-    """Tokens sorted by expert and run in tiles of one expert each; nothing dropped, any group sizes, differentiable.
+def grouped(
+    x: jax.Array,
+    routing: Routing,
+    w_in: jax.Array,
+    w_out: jax.Array,
+    valid: jax.Array,
+    chosen: Callable[..., jax.Array] = expert_tiles.chosen,
+) -> jax.Array:
+    """The chosen experts alone, tokens sorted by expert; nothing dropped, any group sizes, differentiable.
 
-    Under a mesh each device runs the tiles of its own experts, and the partial sums are added.
+    chosen: (x, ids, w_in, w_out) -> each token's experts' outputs, in tiles of one expert each. Under a mesh each device runs
+    the tiles of its own experts, and the partial sums are added.
     """
     ids = jnp.where(valid[:, None], routing.ids, w_in.shape[0])
-    if jax.sharding.get_abstract_mesh().shape.get("model", 1) == 1:
-        return combine(sorted_tiles(x, ids, w_in, w_out), routing.weights)
+    if not split():
+        return combine(chosen(x, ids, w_in, w_out), routing.weights)
 
     def own(x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array) -> jax.Array:
         count = w_in.shape[0]
         ids = ids - jax.lax.axis_index("model") * count
         mine = (ids >= 0) & (ids < count)
-        y = combine(sorted_tiles(x, jnp.where(mine, ids, count), w_in, w_out), jnp.where(mine, weights, 0.0))
+        y = combine(chosen(x, jnp.where(mine, ids, count), w_in, w_out), jnp.where(mine, weights, 0.0))
         return jax.lax.psum(y, "model")
 
     specs = (P(), P(), P(), P("model"), P("model"))
@@ -123,98 +141,3 @@ def grouped(x: jax.Array, routing: Routing, w_in: jax.Array, w_out: jax.Array, v
 def combine(y: jax.Array, weights: jax.Array) -> jax.Array:
     """Sum `[T, J, D]` over the chosen experts with float32 weights `[T, J]`, rounded to y's dtype once."""
     return jnp.sum(y.astype(jnp.float32) * weights[..., None], axis=1).astype(y.dtype)
-
-
-class _Tiles:
-    """Which rows and which expert each tile covers. Rows are the (token, choice) pairs sorted by expert.
-
-    As many wide tiles of an expert as it can fill, whose products are fast; what is left of it in narrow ones, so that a
-    small group wastes little. The widths were measured on a CPU, over even and over lopsided groups; where there are few rows
-    no expert is likely to fill a wide tile, and a second loop would only be more to compile.
-    """
-
-    def __init__(self, ids: jax.Array, count: int) -> None:
-        rows = ids.size
-        self.widths = (16,) if rows < 256 else (64, 16) if rows < 128 * count else (128, 16)
-        flat = ids.reshape(rows)
-        self.order = jnp.argsort(flat, stable=True)
-        self.inverse = jnp.argsort(self.order)
-        sizes = jnp.sum(flat[:, None] == jnp.arange(count, dtype=flat.dtype)[None, :], axis=0)
-        self.ends = jnp.cumsum(sizes)
-        self.starts = self.ends - sizes
-
-    def sort(self, pairs: jax.Array) -> jax.Array:
-        """`[T, D]`, or `[T * J, D]` a pair, -> `[T * J + pad, D]`, padded so that the last tile may reach past the end."""
-        choices = self.order.size // len(pairs)
-        return jnp.pad(pairs[self.order // choices], ((0, max(self.widths)), (0, 0)))
-
-    def fold(self, run: Callable[..., Any], carry: Any) -> Any:
-        """carry = run(width, expert, row, own, carry) for every tile: its expert, its first row, and bool `[width, 1]`,
-        the rows that are the expert's own. Wide tiles come first."""
-        first = self.starts
-        for width in self.widths:
-            rows = self.ends - first
-            tiles = -(-rows // width) if width == self.widths[-1] else rows // width
-            tile_ends = jnp.cumsum(tiles)
-
-            def turn(j: jax.Array, carry: Any, width: int = width, at: tuple = (first, tile_ends - tiles, tile_ends)) -> Any:
-                first, tile_starts, tile_ends = at
-                expert = jnp.sum(tile_ends <= j)
-                row = first[expert] + (j - tile_starts[expert]) * width
-                own = (row + jnp.arange(width) < self.ends[expert])[:, None]
-                return run(width, expert, row, own, carry)
-
-            carry = jax.lax.fori_loop(0, tile_ends[-1], turn, carry)
-            first = first + tiles * width
-        return carry
-
-
-@jax.custom_vjp
-def sorted_tiles(x: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array) -> jax.Array:
-    """Each token's chosen experts' outputs, `[T, J, D]`; id E means none (an arbitrary finite value comes back).
-
-    Loops with traced trip counts run one tile of one expert a time. A narrow tile that reaches past its group keeps what
-    a wide one has written there.
-    """
-    (tokens, choices), count = ids.shape, w_in.shape[0]
-    tiles = _Tiles(ids, count)
-    rows = tiles.sort(x)
-
-    def run(width: int, expert: jax.Array, row: jax.Array, own: jax.Array, out: jax.Array) -> jax.Array:
-        tile = jax.lax.dynamic_slice_in_dim(rows, row, width)
-        tile = gated(tile @ w_in[expert]) @ w_out[expert]
-        there = jax.lax.dynamic_slice_in_dim(out, row, width)
-        return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(own, tile, there), row, axis=0)
-
-    out = tiles.fold(run, jnp.zeros_like(rows))
-    return out[tiles.inverse].reshape(tokens, choices, x.shape[-1])
-
-
-def _sorted_tiles_forward(x: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array) -> tuple:
-    return sorted_tiles(x, ids, w_in, w_out), (x, ids, w_in, w_out)
-
-
-def _sorted_tiles_backward(saved: tuple, dy: jax.Array) -> tuple:
-    """The same tiles again: recompute the hidden rows, then the two products' gradients, weights summed in place."""
-    x, ids, w_in, w_out = saved
-    (tokens, choices), count = ids.shape, w_in.shape[0]
-    tiles = _Tiles(ids, count)
-    rows = tiles.sort(x)
-    dys = tiles.sort(dy.reshape(tokens * choices, -1))
-
-    def run(width: int, expert: jax.Array, row: jax.Array, own: jax.Array, carry: tuple) -> tuple:
-        dx, dw_in, dw_out = carry
-        slice_rows = partial(jax.lax.dynamic_slice_in_dim, start_index=row, slice_size=width)
-        tile, d = slice_rows(rows), jnp.where(own, slice_rows(dys), 0)
-        h, gated_vjp = jax.vjp(gated, tile @ w_in[expert])
-        (dh,) = gated_vjp(d @ w_out[expert].T)
-        dw_in = dw_in.at[expert].add(tile.T @ dh)
-        dw_out = dw_out.at[expert].add(h.T @ d)
-        dtile = jnp.where(own, dh @ w_in[expert].T, slice_rows(dx))
-        return jax.lax.dynamic_update_slice_in_dim(dx, dtile, row, axis=0), dw_in, dw_out
-
-    dx, dw_in, dw_out = tiles.fold(run, (jnp.zeros_like(rows), jnp.zeros_like(w_in), jnp.zeros_like(w_out)))
-    return dx[tiles.inverse].reshape(tokens, choices, -1).sum(axis=1), np.zeros(ids.shape, jax.dtypes.float0), dw_in, dw_out
-
-
-sorted_tiles.defvjp(_sorted_tiles_forward, _sorted_tiles_backward)

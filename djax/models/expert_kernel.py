@@ -1,0 +1,123 @@
+"""The chosen experts of each token, as two Pallas kernels over tiles of rows of one expert: the form for many tokens on a GPU.
+
+Letters: T tokens, D width, E experts, J experts a token, F expert width.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from djax.models import expert_tiles
+from djax.models.layers import kernels_wanted
+
+# Rows of a tile, columns of its output, and how much of the summed axis is read at a time. Some 160 rows an expert in a
+# canvas of LLaDA-MoE: a wider tile would be half empty at the end of most groups.
+ROWS, COLUMNS, DEEP = 64, 64, 32
+
+
+def suits(w_in: tuple[int, int, int]) -> bool:
+    """Whether the kernels take experts of this shape, `[E, D, 2F]`: D and F in whole tiles. None where DJAX_KERNELS=xla."""
+    _, width, both = w_in
+    return kernels_wanted() and width % COLUMNS == 0 and both % (2 * COLUMNS) == 0
+
+
+def chosen(x: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array, interpret: bool = False) -> jax.Array:
+    """Each token's chosen experts' outputs, `[T, J, D]`; arguments, result and gradient as `expert_tiles.chosen`'s.
+
+    Sums are float32, rounded to x's dtype between the two products and at the end. interpret: run the kernels' operations one
+    by one, on any platform, for tests.
+    """
+
+    @jax.custom_vjp
+    def run(x: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array) -> jax.Array:
+        return _run(x, ids, w_in, w_out, interpret)
+
+    run.defvjp(lambda *a: (run(*a), a), expert_tiles.backward)
+    return run(x, ids, w_in, w_out)
+
+
+def _run(x: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array, interpret: bool) -> jax.Array:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as plgpu
+
+    (tokens, choices), (count, width, both) = ids.shape, w_in.shape
+    groups = expert_tiles.by_expert(ids, count)
+    # Each group begins at a tile of its own. How many tiles there are is known only when the program runs, so all that could
+    # be are started, and those of no expert (`count`) return at once.
+    tiles = pl.cdiv(ids.size, ROWS) + min(count, ids.size)
+    tile_ends = jnp.cumsum(-(-(groups.ends - groups.starts) // ROWS)).astype(jnp.int32)
+    first = jnp.concatenate([jnp.zeros(1, jnp.int32), tile_ends])
+    expert = jnp.searchsorted(tile_ends, jnp.arange(tiles), side="right", method="compare_all").astype(jnp.int32)
+    there = jnp.minimum(expert, count - 1)
+    place = groups.starts[there] + (jnp.arange(tiles) - first[there]) * ROWS
+    place = place[:, None] + jnp.arange(ROWS)[None, :]
+    # The token of each row of each tile. Where a group has ended, another's, whose output nobody reads.
+    token = (groups.order[jnp.minimum(place, ids.size - 1)] // choices).astype(jnp.int32).reshape(-1)
+
+    def call(kernel: Any, out_width: int, name: str, *inputs: jax.Array) -> jax.Array:
+        return pl.pallas_call(
+            partial(kernel, count=count),
+            # Tiles first: those of one expert run side by side, and read the same part of its weights.
+            grid=(tiles, out_width // COLUMNS),
+            out_shape=jax.ShapeDtypeStruct((tiles * ROWS, out_width), x.dtype),
+            compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+            interpret=interpret,
+            name=name,
+        )(*inputs)
+
+    h = call(_into, both // 2, "experts_in", expert, token, x, w_in)
+    y = call(_out_of, width, "experts_out", expert, h, w_out)
+    flat = ids.reshape(-1)
+    own = jnp.minimum(flat, count - 1)
+    row = first[own] * ROWS + groups.inverse - groups.starts[own]
+    # A pair of no expert has no row, and what lies where it would be may be nothing at all.
+    return jnp.where((flat < count)[:, None], y[row], 0).reshape(tokens, choices, width)
+
+
+def _into(expert: Any, token: Any, x: Any, w_in: Any, h: Any, *, count: int) -> None:
+    """COLUMNS of gated(rows @ w_in) of one tile; the rows are read where the tokens lie."""
+    from jax.experimental import pallas as pl
+
+    t, n = pl.program_id(0), pl.program_id(1)
+    e = expert[t]
+    mine, columns = pl.ds(t * ROWS, ROWS), pl.ds(n * COLUMNS, COLUMNS)
+
+    @pl.when(e < count)
+    def _() -> None:
+        at = token[mine]
+
+        def turn(k: jax.Array, sums: tuple) -> tuple:
+            deep = pl.ds(k * DEEP, DEEP)
+            rows = x[at, deep]
+            gate = w_in[e, deep, columns]
+            up = w_in[e, deep, pl.ds(h.shape[1] + n * COLUMNS, COLUMNS)]
+            return sums[0] + _product(rows, gate), sums[1] + _product(rows, up)
+
+        zero = jnp.zeros((ROWS, COLUMNS), jnp.float32)
+        gate, up = jax.lax.fori_loop(0, x.shape[1] // DEEP, turn, (zero, zero))
+        h[mine, columns] = (jax.nn.silu(gate) * up).astype(h.dtype)
+
+
+def _out_of(expert: Any, h: Any, w_out: Any, y: Any, *, count: int) -> None:
+    """COLUMNS of h @ w_out of one tile."""
+    from jax.experimental import pallas as pl
+
+    t, n = pl.program_id(0), pl.program_id(1)
+    e = expert[t]
+    mine, columns = pl.ds(t * ROWS, ROWS), pl.ds(n * COLUMNS, COLUMNS)
+
+    @pl.when(e < count)
+    def _() -> None:
+        def turn(k: jax.Array, sums: jax.Array) -> jax.Array:
+            deep = pl.ds(k * DEEP, DEEP)
+            return sums + _product(h[mine, deep], w_out[e, deep, columns])
+
+        sums = jax.lax.fori_loop(0, h.shape[1] // DEEP, turn, jnp.zeros((ROWS, COLUMNS), jnp.float32))
+        y[mine, columns] = sums.astype(y.dtype)
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    precision = "highest" if a.dtype == jnp.float32 else None
+    return jnp.dot(a, b, preferred_element_type=jnp.float32, precision=precision)
