@@ -447,6 +447,30 @@ class Compile:
 
 
 @dataclasses.dataclass
+class Devices:
+    """Decode by every decoder, cache and smoothing on meshes of up to eight devices, and compare with one.
+
+    djax bench devices --out benchmarks/results --readme README.md
+
+    The devices are simulated by this CPU. About twenty minutes on two cores, nearly all of it compiling.
+    """
+
+    out: Annotated[Path, arg(metavar="DIR")]
+    """Where devices.jsonl goes."""
+    readme: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Also write the table into this Markdown file, between its two marks."""
+
+    def run(self, console: Console) -> None:
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", 8)
+        from djax.benchmarks import devices
+
+        print(devices.run(self.out, self.readme, _note(console)))
+
+
+@dataclasses.dataclass
 class Speed:
     """Measure seconds of window steps, refreshes and whole answers on this machine, against PyTorch and the machine's limits.
 
@@ -477,6 +501,7 @@ Benchmark = (
     | Annotated[Speed, subcommand("speed")]
     | Annotated[SoftTop, subcommand("soft-top")]
     | Annotated[Compile, subcommand("compile")]
+    | Annotated[Devices, subcommand("devices")]
 )
 
 
