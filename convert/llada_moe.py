@@ -25,7 +25,7 @@ def _rest(c: Any) -> list[Rule]:
         layer, hf = f"layer_{n}", f"model.layers.{n}"
         rules += [
             Rule(f"{hf}.input_layernorm.weight", (c.width,), (layer, "attention_norm")),
-            Rule(f"{hf}.post_attention_layernorm.weight", (c.width,), (layer, "expert_norm")),
+            Rule(f"{hf}.post_attention_layernorm.weight", (c.width,), (layer, "ffn_norm")),
             Rule(f"{hf}.self_attn.q_proj.weight", (queries, c.width), (layer, "qkv"), np.s_[:, :, :per_group]),
             Rule(f"{hf}.self_attn.k_proj.weight", (keys, c.width), (layer, "qkv"), np.s_[:, :, per_group]),
             Rule(f"{hf}.self_attn.v_proj.weight", (keys, c.width), (layer, "qkv"), np.s_[:, :, per_group + 1]),

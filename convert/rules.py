@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,9 @@ Path = tuple[str, ...]
 class Rule:
     """source tensor of this `shape` fills `params[target][index]`.
 
-    transpose: the source's last two axes are swapped first (torch stores `[out, in]`); 1-d tensors never are. What is
-    left is reshaped to the region, so heads split off by themselves.
+    rows: the part of the source that does so, of its first axis; other rules take the others. transpose: the source's last
+    two axes are swapped first (torch stores `[out, in]`); 1-d tensors never are. What is left is reshaped to the region,
+    so heads split off by themselves. order: which feature of the region's last axis comes from which.
     """
 
     source: str
@@ -32,22 +34,34 @@ class Rule:
     target: Path
     index: Any = ...
     transpose: bool = True
+    rows: slice | None = None
+    order: tuple[int, ...] | None = None
+
+    @property
+    def part(self) -> tuple[int, ...]:
+        """The shape of what this rule takes of its source."""
+        return self.shape if self.rows is None else (self.rows.stop - self.rows.start, *self.shape[1:])
 
     @property
     def _swaps(self) -> bool:
         return self.transpose and len(self.shape) > 1
 
     def fill(self, leaf: np.ndarray, tensor: np.ndarray) -> None:
-        """Write `tensor` into its region of `leaf`, casting to the leaf's dtype."""
+        """Write the rule's part of `tensor` into its region of `leaf`, casting to the leaf's dtype."""
         region = leaf[self.index]
-        region[...] = (tensor.swapaxes(-1, -2) if self._swaps else tensor).reshape(region.shape)
+        tensor = tensor if self.rows is None else tensor[self.rows]
+        tensor = (tensor.swapaxes(-1, -2) if self._swaps else tensor).reshape(region.shape)
+        region[...] = tensor if self.order is None else tensor[..., self.order]
 
     def extract(self, leaf: np.ndarray) -> np.ndarray:
-        """The inverse of `fill`: the tensor of shape `shape`, contiguous."""
+        """The inverse of `fill`: the part of the tensor, contiguous."""
+        region = leaf[self.index]
+        if self.order is not None:
+            region = region[..., np.argsort(self.order)]
         if not self._swaps:
-            return np.ascontiguousarray(leaf[self.index].reshape(self.shape))
-        swapped = (*self.shape[:-2], self.shape[-1], self.shape[-2])
-        return np.ascontiguousarray(leaf[self.index].reshape(swapped).swapaxes(-1, -2))
+            return np.ascontiguousarray(region.reshape(self.part))
+        swapped = (*self.part[:-2], self.part[-1], self.part[-2])
+        return np.ascontiguousarray(region.reshape(swapped).swapaxes(-1, -2))
 
 
 def check(found: Mapping[str, tuple[tuple[int, ...], str]], rules: list[Rule], leaves: Mapping[Path, tuple[int, ...]]) -> None:
@@ -68,9 +82,15 @@ def check(found: Mapping[str, tuple[tuple[int, ...], str]], rules: list[Rule], l
         if dtype not in FLOATS:
             wrong.append(f"dtype: {name} is {dtype}, expected one of {', '.join(FLOATS)}")
     wrong += [f"unexpected: {name} {list(found[name][0])}" for name in found if name not in wanted]
-    filled = Counter()
+    filled, taken = Counter(), Counter()
     for rule in rules:
-        filled[rule.target] += math.prod(rule.shape)
+        filled[rule.target] += math.prod(rule.part)
+        taken[rule.source] += rule.part[0]
+    wrong += [
+        f"rule table: {n} rows of {name} are taken, of {wanted[name].shape[0]}"
+        for name, n in taken.items()
+        if n != wanted[name].shape[0]
+    ]
     for path in sorted({*leaves, *filled}):
         size = math.prod(leaves[path]) if path in leaves else 0
         if filled[path] != size:
@@ -80,23 +100,26 @@ def check(found: Mapping[str, tuple[tuple[int, ...], str]], rules: list[Rule], l
 
 
 def load(
-    rules: list[Rule], leaves: Mapping[Path, tuple[int, ...]], dtype: Any, read: Callable[[str], np.ndarray]
+    rules: list[Rule], leaves: Mapping[Path, tuple[tuple[int, ...], Any]], read: Callable[[str], np.ndarray]
 ) -> Iterator[tuple[Path, np.ndarray]]:
-    """Yield each parameter, complete, in `dtype`: one in memory at a time, filled one source tensor at a time."""
+    """Yield each parameter, complete, of its shape and dtype: one in memory at a time, filled one source tensor at a time."""
     by_target = defaultdict(list)
     for rule in rules:
         by_target[rule.target].append(rule)
     for path, parts in by_target.items():
-        leaf = np.empty(leaves[path], dtype)
+        leaf = np.empty(*leaves[path])
         for rule in parts:
             rule.fill(leaf, read(rule.source))
         yield path, leaf
 
 
 def unload(rules: list[Rule], get: Callable[[Path], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    """The inverse of `load`: yield each HF tensor in the parameters' dtype, in the order of the rules."""
+    """The inverse of `load`: yield each HF tensor in the parameters' dtype, in the order of the rules, in which those of one
+    source stand together."""
     last, leaf = None, None
-    for rule in rules:
-        if rule.target != last:
-            last, leaf = rule.target, get(rule.target)
-        yield rule.source, rule.extract(leaf)
+    for source, group in groupby(rules, key=lambda rule: rule.source):
+        parts = list(group)
+        if parts[0].target != last:
+            last, leaf = parts[0].target, get(parts[0].target)
+        tensors = [rule.extract(leaf) for rule in parts]
+        yield source, tensors[0] if len(tensors) == 1 else np.concatenate(tensors)

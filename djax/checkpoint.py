@@ -192,8 +192,8 @@ def _read_hf(
     with TensorFiles(directory) as files:
         table, stored = _match(family, config, files)
         target = _parameter_dtype(hf, stored, dtype)
-        shapes = {path: leaf.shape for path, leaf in _shapes(family, config, target).items()}
-        flat = {path: jax.device_put(leaf, places[path]) for path, leaf in rules.load(table, shapes, target, files.read)}
+        leaves = {path: (leaf.shape, leaf.dtype) for path, leaf in _shapes(family, config, target).items()}
+        flat = {path: jax.device_put(leaf, places[path]) for path, leaf in rules.load(table, leaves, files.read)}
     return traverse_util.unflatten_dict(flat), stored
 
 
@@ -243,8 +243,8 @@ def _restore(
         params = orbax.load(directory.resolve() / ORBAX, abstract(family, config, saved, mesh))
     except Exception as error:  # Orbax raises many kinds for a damaged directory; all mean the same to a user
         raise CheckpointError(f"{directory}: the Orbax checkpoint cannot be restored: {error}") from error
-    target = DTYPES[dtype] if dtype is not None else saved
-    return jax.tree.map(lambda a: a.astype(target), params), manifest["stored"]
+    target = abstract(family, config, DTYPES[dtype] if dtype is not None else saved, mesh)
+    return jax.tree.map(lambda a, wanted: a.astype(wanted.dtype), params, target), manifest["stored"]
 
 
 def _manifest(directory: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """One mesh for a model and its batch: which axis of a parameter lies on which axis of the devices.
 
-The mesh has two axes. `model` splits heads, experts and vocabulary, so that a layer costs two all-reduces, after its
-attention and after its experts. `data` splits the rows of a batch: each part runs its own loop and never waits for another.
+The mesh has two axes. `model` splits heads, experts, the width of dense MLPs and vocabulary, so that a layer costs two
+all-reduces, after its attention and after its experts or MLP. `data` splits the rows of a batch: each part runs its own loop
+and never waits for another.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from djax.errors import OptionError
 
 DATA, MODEL = AXES = ("data", "model")
 # Logical axes of parameters, as the families name them, to axes of the mesh. What is not here is on every device.
-RULES = {"vocab": MODEL, "heads": MODEL, "expert": MODEL}
+RULES = {"vocab": MODEL, "heads": MODEL, "expert": MODEL, "mlp": MODEL}
 
 
 def mesh(model: int = 1, data: int = 1, devices: Sequence[Any] | None = None) -> Mesh:

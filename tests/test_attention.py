@@ -18,21 +18,22 @@ BATCH, WINDOW, GROUPS, HEAD_DIM, CANVAS = 2, 39, 2, 32, 100
 EPS = 1e-5
 
 
-def inputs(per_group, dtype, cache, seed=0):
+def inputs(per_group, dtype, cache, seed=0, norm=True, blocks=None):
     keys = iter(jax.random.split(jax.random.key(seed), 8))
     normal = lambda *shape: jax.random.normal(next(keys), shape).astype(dtype)  # noqa: E731
     start = jnp.array([[-3], [61]])
     at = start + jnp.arange(WINDOW)[None, :]
     qkv = normal(BATCH, WINDOW, GROUPS, per_group + 2, HEAD_DIM)
-    norms = 1 + 0.3 * normal(HEAD_DIM), 1 + 0.3 * normal(HEAD_DIM)
-    angles = rotary_angles(at, HEAD_DIM, 1e4)
+    norms = (1 + 0.3 * normal(HEAD_DIM), 1 + 0.3 * normal(HEAD_DIM)) if norm else None
+    angles = tuple(a.astype(dtype if norm else jnp.float32) for a in rotary_angles(at, HEAD_DIM, 1e4, None if norm else 16))
+    until = None if blocks is None else jnp.broadcast_to((jnp.arange(WINDOW) // blocks + 1) * blocks, (BATCH, WINDOW))
     valid = (at >= 0) & (at < 97)
     if not cache:
-        return qkv, norms, angles, valid, None, None
+        return qkv, norms, angles, valid, None, None, until
     there = jnp.arange(CANVAS)[None, :]
     visible = (there < 97) & ((there < start) | (there >= start + WINDOW))
     kv = (BATCH, GROUPS, CANVAS * HEAD_DIM)
-    return qkv, norms, angles, valid, (normal(*kv), normal(*kv)), visible
+    return qkv, norms, angles, valid, (normal(*kv), normal(*kv)), visible, until
 
 
 @pytest.mark.parametrize("cache", [False, True])
@@ -49,12 +50,26 @@ def test_the_kernel_equals_the_plain_form(cache, per_group, dtype, close):
     assert np.array_equal(v, plain_v)
 
 
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize(("dtype", "close"), [(jnp.float32, 2e-5), (jnp.bfloat16, 3e-2)])
+def test_no_norms_half_rotary_and_blocks_that_see_what_is_before_them(cache, dtype, close):
+    arguments = inputs(1, dtype, cache, norm=False, blocks=8)
+    valid = np.asarray(arguments[3])
+    got, k, _ = fused(*arguments, eps=EPS, interpret=INTERPRET)
+    expected, plain_k, _ = plain(*arguments, eps=EPS)
+    assert got.dtype == k.dtype == dtype
+    np.testing.assert_allclose(np.asarray(got, np.float32)[valid], np.asarray(expected, np.float32)[valid], atol=close)
+    np.testing.assert_allclose(np.asarray(k, np.float32), np.asarray(plain_k, np.float32), atol=close)
+    everything, _, _ = plain(*arguments[:-1], None, eps=EPS)
+    assert np.abs(np.asarray(everything, np.float32) - np.asarray(expected, np.float32))[valid].max() > 10 * close
+
+
 def test_hidden_keys_weigh_nothing():
-    qkv, norms, angles, valid, (k, v), visible = inputs(1, jnp.float32, True)
+    qkv, norms, angles, valid, (k, v), visible, _ = inputs(1, jnp.float32, True)
     hidden = jnp.repeat(~visible, HEAD_DIM, axis=1)[:, None, :]
     spoiled = jnp.where(hidden, 1e6, k), jnp.where(hidden, -1e6, v)
-    one = fused(qkv, norms, angles, valid, (k, v), visible, eps=EPS, interpret=INTERPRET)[0]
-    two = fused(qkv, norms, angles, valid, spoiled, visible, eps=EPS, interpret=INTERPRET)[0]
+    one = fused(qkv, norms, angles, valid, (k, v), visible, None, eps=EPS, interpret=INTERPRET)[0]
+    two = fused(qkv, norms, angles, valid, spoiled, visible, None, eps=EPS, interpret=INTERPRET)[0]
     assert np.array_equal(np.asarray(one)[valid], np.asarray(two)[valid])
 
 

@@ -19,16 +19,24 @@ QUERIES, CACHED, FRESH = 16, 64, 32
 
 
 def attention(
-    qkv: jax.Array, norms: Pair, angles: Pair, valid: jax.Array, cached: Pair | None, visible: jax.Array | None, eps: float
+    qkv: jax.Array,
+    norms: Pair | None,
+    angles: Pair,
+    valid: jax.Array,
+    cached: Pair | None,
+    visible: jax.Array | None,
+    until: jax.Array | None,
+    eps: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalise and rotate queries and keys, then attend.
 
     qkv `[B, W, G, H / G + 2, K]`: a group's queries, its key, its value. norms: weights `[K]` of the queries' and of the
-    keys' normalisation. angles: cos and sin `[B, W, K]` (`layers.rotary_angles`). valid, cached, visible: as in `attend`.
+    keys' normalisation, None where a family has none. angles: cos and sin `[B, W, K]` (`layers.rotary_angles`), whose dtype,
+    if wider, is what heads are rotated in. valid, cached, visible, until: as in `attend`.
     Returns the attended values `[B, W, H, K]` and the window's k (after rotary) and v, `[B, G, W * K]` each.
     The form is chosen when the program is lowered: the kernel on CUDA if it `suits`, else the plain one.
     """
-    arguments = (qkv, norms, angles, valid, cached, visible)
+    arguments = (qkv, norms, angles, valid, cached, visible, until)
     if not suits(qkv.shape[-1]):
         return plain(*arguments, eps=eps)
     return jax.lax.platform_dependent(*arguments, cuda=partial(fused, eps=eps), default=partial(plain, eps=eps))
@@ -40,34 +48,39 @@ def suits(head_dim: int) -> bool:
     return kernels_wanted() and head_dim in (32, 64, 128, 256)
 
 
+def described(platform: str, head_dim: int) -> str:
+    """The form that a platform's programs have, for people to read."""
+    return "one Pallas kernel" if platform in ("cuda", "gpu") and suits(head_dim) else "XLA's products"
+
+
 def plain(
-    qkv: jax.Array, norms: Pair, angles: Pair, valid: jax.Array, cached: Pair | None, visible: jax.Array | None, *, eps: float
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`attention` in XLA's own operations: the oracle."""
-    batch, window, groups, slots, head_dim = qkv.shape
-    q = qkv[:, :, :, :-2].reshape(batch, window, groups * (slots - 2), head_dim)
-    q = rotate(rms_norm(q, norms[0], eps), *angles)
-    k = rotate(rms_norm(qkv[:, :, :, -2], norms[1], eps), *angles).swapaxes(1, 2)
-    v = qkv[:, :, :, -1].swapaxes(1, 2)
-    return attend(q, k, v, valid, cached, visible), flat(k), flat(v)
-
-
-def fused(
     qkv: jax.Array,
-    norms: Pair,
+    norms: Pair | None,
     angles: Pair,
     valid: jax.Array,
     cached: Pair | None,
     visible: jax.Array | None,
+    until: jax.Array | None,
     *,
     eps: float,
-    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`attention` in XLA's own operations: the oracle."""
+    batch, window, groups, slots, head_dim = qkv.shape
+    q = qkv[:, :, :, :-2].reshape(batch, window, groups * (slots - 2), head_dim)
+    k = qkv[:, :, :, -2]
+    if norms is not None:
+        q, k = (rms_norm(x, norm, eps) for x, norm in zip((q, k), norms, strict=True))
+    k = rotate(k, *angles).swapaxes(1, 2)
+    v = qkv[:, :, :, -1].swapaxes(1, 2)
+    return attend(rotate(q, *angles), k, v, valid, cached, visible, until), flat(k), flat(v)
+
+
+def fused(*arguments: Any, eps: float, interpret: bool = False) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`attention` as one kernel; under a mesh each device runs it for its own heads. Its gradient is that of `plain`.
 
-    interpret: run the kernel's operations one by one, on any platform, for tests.
+    arguments: as `plain` has them. interpret: run the kernel's operations one by one, on any platform, for tests.
     """
-    arguments = (qkv, norms, angles, valid, cached, visible)
+    _, norms, _, _, cached, visible, until = arguments
 
     @jax.custom_vjp
     def run(*arguments: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -75,7 +88,16 @@ def fused(
         if not split():
             return call(*arguments)
         heads, kv = P(None, None, "model"), P(None, "model")
-        specs = (heads, P(), P(), P(), cached and (kv, kv), None if visible is None else P())
+        # An argument that is None has no part in the tree, and no place.
+        specs = (
+            heads,
+            None if norms is None else (P(), P()),
+            (P(), P()),
+            P(),
+            None if cached is None else (kv, kv),
+            None if visible is None else P(),
+            None if until is None else P(),
+        )
         shards = jax.shard_map(call, in_specs=specs, out_specs=(heads, kv, kv), axis_names={"model"}, check_vma=False)
         return shards(*arguments)
 
@@ -83,33 +105,66 @@ def fused(
     return run(*arguments)
 
 
-def _call(*arguments: Any, eps: float, interpret: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The kernel on one device; arguments as `fused` has them."""
+def _call(
+    qkv: jax.Array,
+    norms: Pair | None,
+    angles: Pair,
+    valid: jax.Array,
+    cached: Pair | None,
+    visible: jax.Array | None,
+    until: jax.Array | None,
+    *,
+    eps: float,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The kernel on one device."""
     # Half a second to import, for the programs of a GPU alone.
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu
 
-    qkv, norms, angles, valid, cached, visible = arguments
     batch, window, groups, slots, head_dim = qkv.shape
     heads = groups * (slots - 2)
-    angles = tuple(a[..., : head_dim // 2].astype(qkv.dtype) for a in angles)
-    inputs = [qkv, *norms, *angles, valid.astype(jnp.int32)]
+    inputs = {"qkv": qkv, "valid": valid.astype(jnp.int32)}
+    inputs |= dict(zip(("cos", "sin"), (a[..., : head_dim // 2] for a in angles), strict=True))
+    if norms is not None:
+        inputs |= dict(zip(("q_norm", "k_norm"), norms, strict=True))
     if cached is not None:
-        inputs += [*(a.reshape(batch, groups, -1, head_dim) for a in cached), visible.astype(jnp.int32)]
+        layers = (a.reshape(batch, groups, -1, head_dim) for a in cached)
+        inputs |= dict(zip(("cached_k", "cached_v"), layers, strict=True)) | {"visible": visible.astype(jnp.int32)}
+    if until is not None:
+        inputs["until"] = until
     fresh = jax.ShapeDtypeStruct((batch, groups, window, head_dim), qkv.dtype)
+
+    def kernel(*refs: Any) -> None:
+        _kernel(*refs[-3:], **dict(zip(inputs, refs, strict=False)), eps=eps)
+
     out, k, v = pl.pallas_call(
-        partial(_kernel, eps=eps, has_cache=cached is not None),
+        kernel,
         grid=(batch, heads, pl.cdiv(window, QUERIES)),
         out_shape=(jax.ShapeDtypeStruct((batch, window, heads, head_dim), qkv.dtype), fresh, fresh),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="attention",
-    )(*inputs)
+    )(*inputs.values())
     return out, flat(k), flat(v)
 
 
 def _kernel(
-    qkv: Any, q_norm: Any, k_norm: Any, cos: Any, sin: Any, valid: Any, *refs: Any, eps: float, has_cache: bool
+    out: Any,
+    k_out: Any,
+    v_out: Any,
+    *,
+    qkv: Any,
+    valid: Any,
+    cos: Any,
+    sin: Any,
+    q_norm: Any = None,
+    k_norm: Any = None,
+    cached_k: Any = None,
+    cached_v: Any = None,
+    visible: Any = None,
+    until: Any = None,
+    eps: float,
 ) -> None:
     """One head's queries of one tile against all keys, with a running maximum and sum (online softmax, arXiv 1805.02867).
 
@@ -118,8 +173,6 @@ def _kernel(
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu
 
-    cached_k, cached_v, visible = refs[:3] if has_cache else (None, None, None)
-    out, k_out, v_out = refs[-3:]
     _, window, _, slots, head_dim = qkv.shape
     half, dtype = head_dim // 2, qkv.dtype
     b, h, t = (pl.program_id(n) for n in range(3))
@@ -134,19 +187,23 @@ def _kernel(
 
     def rotated(at: Any, rows: Any, slot: Any, norm: Any) -> tuple[jax.Array, jax.Array]:
         """Rows of a slot as `rotate(rms_norm(...))` gives them, in halves; rounded where those round."""
-        one, two = (rows(qkv.at[b, at, group, slot, part]).astype(jnp.float32) for part in (low, high))
-        scale = jax.lax.rsqrt((jnp.sum(one * one, axis=1) + jnp.sum(two * two, axis=1)) / head_dim + eps)[:, None]
-        one, two = ((x * scale).astype(dtype) * norm[part][None, :] for x, part in ((one, low), (two, high)))
+        one, two = (rows(qkv.at[b, at, group, slot, part]) for part in (low, high))
+        if norm is not None:
+            one, two = one.astype(jnp.float32), two.astype(jnp.float32)
+            scale = jax.lax.rsqrt((jnp.sum(one * one, axis=1) + jnp.sum(two * two, axis=1)) / head_dim + eps)[:, None]
+            one, two = ((x * scale).astype(dtype) * norm[part][None, :] for x, part in ((one, low), (two, high)))
         c, s = rows(cos.at[b, at, :]), rows(sin.at[b, at, :])
-        return one * c - two * s, two * c + one * s
+        return (one * c - two * s).astype(dtype), (two * c + one * s).astype(dtype)
 
     mine, there, rows = tile(t, QUERIES, window)
     q_low, q_high = rotated(mine, rows, own, q_norm)
+    # How many of the window's first positions each query sees.
+    sees = None if until is None else plgpu.load(until.at[b, mine], mask=there, other=0)[:, None]
 
     def take(carry: tuple, k_low: jax.Array, k_high: jax.Array, v: jax.Array, seen: jax.Array) -> tuple:
         top, total, sums = carry
         scores = (product(q_low, k_low.T) + product(q_high, k_high.T)) * head_dim**-0.5
-        scores = jnp.where(seen[None, :], scores, HIDDEN)
+        scores = jnp.where(seen, scores, HIDDEN)
         higher = jnp.maximum(top, jnp.max(scores, axis=1))
         weights, shrink = jnp.exp(scores - higher[:, None]), jnp.exp(top - higher)
         sums = sums * shrink[:, None] + product(weights.astype(dtype), v)
@@ -156,7 +213,7 @@ def _kernel(
         at, there, rows = tile(n, CACHED, visible.shape[1])
         k_low, k_high = (rows(cached_k.at[b, group, at, part]) for part in (low, high))
         seen = plgpu.load(visible.at[b, at], mask=there, other=0) > 0
-        return take(carry, k_low, k_high, rows(cached_v.at[b, group, at, :]), seen)
+        return take(carry, k_low, k_high, rows(cached_v.at[b, group, at, :]), seen[None, :])
 
     def from_window(n: jax.Array, carry: tuple) -> tuple:
         at, there, rows = tile(n, FRESH, window)
@@ -170,10 +227,12 @@ def _kernel(
             store(k_out.at[b, group, at, high], k_high)
             store(v_out.at[b, group, at, :], v)
 
-        seen = plgpu.load(valid.at[b, at], mask=there, other=0) > 0
+        seen = (plgpu.load(valid.at[b, at], mask=there, other=0) > 0)[None, :]
+        if sees is not None:
+            seen = seen & ((n * FRESH + jnp.arange(FRESH))[None, :] < sees)
         return take(carry, k_low, k_high, v, seen)
 
     start = jnp.full(QUERIES, HIDDEN), jnp.zeros(QUERIES), jnp.zeros((QUERIES, head_dim))
-    carry = jax.lax.fori_loop(0, pl.cdiv(visible.shape[1], CACHED), from_cache, start) if has_cache else start
+    carry = start if visible is None else jax.lax.fori_loop(0, pl.cdiv(visible.shape[1], CACHED), from_cache, start)
     _, total, sums = jax.lax.fori_loop(0, pl.cdiv(window, FRESH), from_window, carry)
     plgpu.store(out.at[b, mine, h, :], (sums / total[:, None]).astype(dtype), mask=there[:, None])

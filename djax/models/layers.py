@@ -70,19 +70,32 @@ def gated(h: jax.Array) -> jax.Array:
     return jax.nn.silu(gate) * up
 
 
-def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 `[B, W, K]`, of the half-split rotary embedding at `positions` int32 `[B, W]`."""
-    frequency = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+def rotary_angles(positions: jax.Array, head_dim: int, theta: float, rotated: int | None = None) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 `[B, W, K]`, of the half-split rotary embedding at `positions` int32 `[B, W]`.
+
+    rotated: how many features are turned; the others, last in each half, stay as they are (`partly_rotated`).
+    """
+    rotated = head_dim if rotated is None else rotated
+    frequency = 1.0 / theta ** (jnp.arange(0, rotated, 2, dtype=jnp.float32) / rotated)
+    frequency = jnp.pad(frequency, (0, (head_dim - rotated) // 2))
     angle = positions[..., None].astype(jnp.float32) * frequency[None, None, :]
     angle = jnp.concatenate([angle, angle], axis=-1)
     return jnp.cos(angle), jnp.sin(angle)
 
 
+def partly_rotated(head_dim: int, rotated: int) -> list[int]:
+    """Where a head's features come from if HF turns its first `rotated` ones, half-split, and leaves the rest: our order has
+    in each half what is turned first, so that rotary needs no cutting and joining. Scores are sums; the order is free."""
+    turned, rest = rotated // 2, (head_dim - rotated) // 2
+    halves = ([*range(n * turned, (n + 1) * turned), *range(rotated + n * rest, rotated + (n + 1) * rest)] for n in (0, 1))
+    return [feature for half in halves for feature in half]
+
+
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Apply rotary embedding to `x` `[B, W, heads, K]`; cos and sin are rounded to x's dtype first, as in HF."""
-    cos, sin = (a.astype(x.dtype)[:, :, None, :] for a in (cos, sin))
+    """Apply rotary embedding to `x` `[B, W, heads, K]`, in the wider dtype of x and the angles; the result is in x's."""
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     low, high = jnp.split(x, 2, axis=-1)
-    return x * cos + jnp.concatenate([-high, low], axis=-1) * sin
+    return (x * cos + jnp.concatenate([-high, low], axis=-1) * sin).astype(x.dtype)
 
 
 def attend(
@@ -92,11 +105,13 @@ def attend(
     valid: jax.Array,
     cached: tuple[jax.Array, jax.Array] | None = None,
     visible: jax.Array | None = None,
+    until: jax.Array | None = None,
 ) -> jax.Array:
     """Bidirectional attention of a window over [visible cached positions] and [its own valid positions].
 
     q `[B, W, H, K]`; k, v `[B, G, W, K]`, H a multiple of G; valid bool `[B, W]`; cached (k, v) `[B, G, L * K]` with
-    visible bool `[B, L]`. Returns `[B, W, H, K]`. Scores and softmax are float32, one softmax over cached and fresh keys
+    visible bool `[B, L]`; until int32 `[B, W]`, how many of the window's first positions each query sees, None for all.
+    Returns `[B, W, H, K]`. Scores and softmax are float32, one softmax over cached and fresh keys
     together, so that they compete exactly as they would in a full forward.
     """
     batch, window, heads, head_dim = q.shape
@@ -105,13 +120,16 @@ def attend(
 
     def scores(q: jax.Array, keys: jax.Array, seen: jax.Array) -> jax.Array:
         s = jnp.einsum("bwghk,bglk->bghwl", q, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
-        return jnp.where(seen[:, None, None, None, :], s, HIDDEN)
+        return jnp.where(seen[:, None, None, :, :], s, HIDDEN)
 
-    parts = [(scores(q, k, valid), v)]
+    own = valid[:, None, :]
+    if until is not None:
+        own = own & (jnp.arange(window)[None, None, :] < until[:, :, None])
+    parts = [(scores(q, k, own), v)]
     if cached is not None:
         cached_k, cached_v = (a.reshape(batch, groups, -1, head_dim) for a in cached)
         # XLA would join two products with one left side, and copy the cache beside the window's keys to do so.
-        parts.append((scores(jax.lax.optimization_barrier(q), cached_k, visible), cached_v))
+        parts.append((scores(jax.lax.optimization_barrier(q), cached_k, visible[:, None, :]), cached_v))
     top = reduce(jnp.maximum, (jnp.max(s, axis=-1, keepdims=True) for s, _ in parts))
     weights = [jnp.exp(s - top) for s, _ in parts]
     total = sum(jnp.sum(p, axis=-1) for p in weights)
