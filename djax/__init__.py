@@ -1,7 +1,7 @@
 """djax: a JAX engine for diffusion language models. A whole decode is one XLA program."""
 
 from djax.ahead import compile, export_program
-from djax.caching import Dual, Prefix, Vicinity
+from djax.caching import Block, Dual, Prefix, Vicinity
 from djax.checkpoint import export_hf, load, save
 from djax.compilation import compile_cache
 from djax.decoding import Credit, Entropy, Factor, Fixed, Hierarchy, Threshold
@@ -27,6 +27,7 @@ from djax.trace import Trace
 
 __all__ = [
     "BatchError",
+    "Block",
     "CanvasError",
     "CheckpointError",
     "Credit",

@@ -16,11 +16,13 @@ from djax.request import Asked, carried_bytes
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-    """One forward of one row. whole: it runs the whole canvas, not a window. refresh: its keys and values are kept."""
+    """One forward of one row. whole: it runs the whole canvas, or what there is of it for a block-causal family, not a window.
+    refresh: its keys and values are kept. append: it runs the block before, too, and that one's are appended."""
 
     whole: bool
     refresh: bool
     positions: int
+    append: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +115,7 @@ def _leaves(asked: Asked) -> str:
 
 
 def _blocks(model: Model, asked: Asked, ask: Request, b: int) -> tuple[Block, ...]:
-    slowest, fastest = (_schedule(asked, ask, b, pace) for pace in (1, asked.block_length))
+    slowest, fastest = (_schedule(model, asked, ask, b, pace) for pace in (1, asked.block_length))
     prompt, total, start, block = int(ask.prompt[b]), int(ask.total[b]), int(ask.start[b]), asked.block(ask)
     starts = range(start, total, block)
     ends = [min(s + block, total) for s in starts]
@@ -123,11 +125,12 @@ def _blocks(model: Model, asked: Asked, ask: Request, b: int) -> tuple[Block, ..
     )
 
 
-def _schedule(asked: Asked, ask: Request, b: int, pace: int) -> list[list[Forward]]:
+def _schedule(model: Model, asked: Asked, ask: Request, b: int, pace: int) -> list[list[Forward]]:
     """The forwards of each block if each accepts `pace` tokens: the turns of the program, for one row, without a model."""
     _, policy, smoothing = asked.plugs
     prompt, total, start, block = int(ask.prompt[b]), int(ask.total[b]), int(ask.start[b]), asked.block(ask)
     before, after = reach(policy, ask.tokens.shape[1])
+    causal = getattr(model.family, "BLOCK_CAUSAL", False)
     turns = forwards = index = 0
     cached = -1
     out = []
@@ -136,14 +139,16 @@ def _schedule(asked: Asked, ask: Request, b: int, pace: int) -> list[list[Forwar
         masks, mine = end - max(s, prompt), []
         while masks > 0:
             plan = policy.plan(_tick(turns if smoothing is None else forwards, forwards, index, len(mine)), jnp.array([cached]))
-            full, refresh, window = (bool(x[0]) for x in plan)
+            full, refresh, window, append = (x is not None and bool(x[0]) for x in plan)
             if full:
-                mine.append(Forward(True, refresh, total))
+                mine.append(Forward(True, refresh, end if causal else total))
+            if append:
+                mine.append(Forward(False, False, end - (s - block), append=True))
             if window:
                 mine.append(Forward(False, False, min(s + block + after, total) - max(s - before, 0)))
-            cached = index if refresh else cached
-            masks -= pace * (full + window)
-            forwards, turns = forwards + full + window, turns + 1
+            cached = index if refresh or append else cached
+            masks -= pace * (full + window + append)
+            forwards, turns = forwards + full + window + append, turns + 1
         out.append(mine)
     return out
 
@@ -157,9 +162,9 @@ def _counted(forwards: tuple[Forward, ...]) -> str:
     """`1 refresh of 198, 31 windows of 64`."""
     kinds: dict[tuple[str, int], int] = {}
     for f in forwards:
-        kind = "refresh" if f.refresh else "whole canvas" if f.whole else "window"
+        kind = "refresh" if f.refresh else "whole canvas" if f.whole else "append" if f.append else "window"
         kinds[kind, f.positions] = kinds.get((kind, f.positions), 0) + 1
-    many = {"refresh": "refreshes", "window": "windows", "whole canvas": "whole canvases"}
+    many = {"refresh": "refreshes", "window": "windows", "whole canvas": "whole canvases", "append": "appends"}
     return ", ".join(f"{n} {many[kind] if n > 1 else kind} of {positions}" for (kind, positions), n in kinds.items())
 
 

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from djax.checks import whole_number
 from djax.compilation import enable_cache
-from djax.errors import CanvasError, PromptError
+from djax.errors import CanvasError, OptionError, PromptError
 from djax.sharding import DATA
 
 
@@ -78,19 +79,27 @@ def computing(model: Model) -> Iterator[None]:
 
 
 @partial(jax.jit, static_argnames=("family", "config"))
-def _logits(params: Any, tokens: jax.Array, lengths: jax.Array, *, family: ModuleType, config: Any) -> jax.Array:
+def _logits(
+    params: Any, tokens: jax.Array, lengths: jax.Array, block: jax.Array | None, *, family: ModuleType, config: Any
+) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    x, _ = family.trunk(params, config, family.embed(params, config, tokens), positions, positions < lengths[:, None])
+    until = () if block is None else (None, (positions // block + 1) * block)
+    x, _ = family.trunk(params, config, family.embed(params, config, tokens), positions, positions < lengths[:, None], *until)
     return family.unembed(params, config, x)
 
 
-def logits(model: Model, tokens: Any, lengths: Any = None) -> jax.Array:
+def logits(model: Model, tokens: Any, lengths: Any = None, *, block_length: int | None = None) -> jax.Array:
     """The plain full-canvas forward: token ids int `[B, L]` -> float32 `[B, L, V]`.
 
     lengths int `[B]` says how many leading tokens of each row are real (default: all); what follows is seen by nobody
-    and its logits mean nothing. Raises `PromptError` for another shape or an id outside the vocabulary, `CanvasError` for more
-    positions than the model has.
+    and its logits mean nothing. block_length: for block-causal families (LLaDA2), a position sees its own block of this length
+    and those before it; None lets all see all. Raises `PromptError` for another shape or an id outside the vocabulary,
+    `CanvasError` for more positions than the model has, `OptionError` for a block_length that means nothing here.
     """
+    if block_length is not None:
+        block_length = whole_number(block_length, "block_length", at_least=1)
+        if not getattr(model.family, "BLOCK_CAUSAL", False):
+            raise OptionError(f"block_length: expected None, since every position of this family sees all; got {block_length}")
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or not tokens.size:
         raise PromptError(f"tokens: expected integers of shape [B, L], got {tokens.dtype} of shape {tokens.shape}")
@@ -105,5 +114,7 @@ def logits(model: Model, tokens: Any, lengths: Any = None) -> jax.Array:
     enable_cache()
     with computing(model):
         return _logits(
-            model.params, tokens.astype(np.int32), lengths.astype(np.int32), family=model.family, config=model.config
+            *(model.params, tokens.astype(np.int32), lengths.astype(np.int32), block_length),
+            family=model.family,
+            config=model.config,
         )

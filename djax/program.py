@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from djax.caching.contract import Policy
+from djax.caching.contract import Policy, appends
 from djax.decoding.contract import Decoder, Tick, probability
 from djax.models.layers import Cache
 from djax.smoothing import Smoothing
@@ -177,7 +177,8 @@ def decode(
     """The program: from masks to tokens in one `while_loop`.
 
     A turn runs the whole canvas of each row whose policy asks for it, one row at a time (an inner loop: a refresh then
-    costs nothing to rows that need none, and the cache is updated in place), then one window step for all rows.
+    costs nothing to rows that need none, and the cache is updated in place), then one window step for all rows. In a
+    block-causal family with a cache that grows, rows that have entered a block take that turn's window two blocks wide.
     Returns the rows as they end, less what only the loop needs; `active` is true only for rows that hit the cap on turns. What
     stands after the star is static.
     """
@@ -192,18 +193,27 @@ def decode(
         least = jnp.full(rows.forwards.shape, -jnp.inf) if smoothing is None else smoothing.least(rows.forwards)
         return Tick(iteration, rows.forwards, rows.block, rows.call, least, jnp.int32(config.mask_id), ask.temperature)
 
+    # Families whose blocks see themselves and what is before them: nothing after a row's block is run, or seen.
+    causal = getattr(family, "BLOCK_CAUSAL", False)
+
     def forward_and_decode(
         rows: Rows, ask: Request, at: jax.Array, skip: jax.Array | int, running: jax.Array, cache: Cache | None
     ) -> tuple[Rows, tuple]:
         """One network forward of the positions `at` `[B, W]` of the running rows, the block from `skip` on in it."""
         valid = (at >= 0) & (at < ask.total[:, None]) & running[:, None]
         x = family.embed(params, config, _take(rows.tokens, at)) if smoothing is None else _take(rows.soft, at)
-        x, fresh = family.trunk(params, config, x, at, valid, cache)
+        if causal:
+            valid &= at < rows.start[:, None] + block
+            # Windows begin where a block does, as the canvas does.
+            until = jnp.broadcast_to((jnp.arange(at.shape[1], dtype=jnp.int32) // block + 1) * block, at.shape)
+            x, fresh = family.trunk(params, config, x, at, valid, cache, until)
+        else:
+            x, fresh = family.trunk(params, config, x, at, valid, cache)
         # Smoothing wants the logits of every position: of a window they are made once, and the block's cut from them.
         wide = None
         if smoothing is not None and cache is not None and x.shape[1] <= AT_ONCE:
             wide = family.unembed(params, config, x)
-            logits = wide[:, before : before + block]
+            logits = wide[:, skip : skip + block]
         else:
             logits = family.unembed(params, config, _take(x, skip + jnp.arange(block)[None, :]))
         early = rows.start[:, None] + jnp.arange(block)[None, :] < ask.least[:, None]
@@ -238,15 +248,39 @@ def decode(
         """The block and its reach for all running rows, against the cache with the window's own positions hidden."""
         left = rows.start[:, None] - before
         at = left + jnp.arange(width, dtype=jnp.int32)[None, :]
-        own = (everywhere >= left) & (everywhere < left + width)
-        visible = (everywhere < ask.total[:, None]) & ~own
+        if causal:
+            visible = everywhere < left
+        else:
+            visible = (everywhere < ask.total[:, None]) & ((everywhere < left) | (everywhere >= left + width))
         return forward_and_decode(rows, ask, at, before, running, Cache(cache, visible))[0]
+
+    def append(carry: Carry, running: jax.Array) -> Carry:
+        """The block and the one before it, which has no masks left and joins the cache, for all running rows."""
+        left = carry.rows.start - block
+        at = left[:, None] + jnp.arange(2 * block, dtype=jnp.int32)[None, :]
+        seen = Cache(carry.cache, everywhere < left[:, None])
+        rows, fresh = forward_and_decode(carry.rows, ask, at, block, running, seen)
+
+        def put(cached: jax.Array, fresh: jax.Array, left: jax.Array, running: jax.Array) -> jax.Array:
+            at, size = (0, left * (cached.shape[1] // length)), (cached.shape[0], block * (cached.shape[1] // length))
+            there = jax.lax.dynamic_slice(cached, at, size)
+            return jax.lax.dynamic_update_slice(cached, jnp.where(running, fresh[:, : size[1]], there), at)
+
+        cache = jax.tree.map(lambda c, f: jax.vmap(put)(c, f, left, running), carry.cache, fresh)
+        rows = rows._replace(cached_block=jnp.where(running, rows.block, rows.cached_block))
+        return carry._replace(rows=rows, cache=cache)
 
     def turn(carry: Carry) -> Carry:
         plan = policy.plan(tick_of(carry.rows, ask), carry.rows.cached_block)
         carry, _ = jax.lax.while_loop(
             lambda c: jnp.any(c[1]), lambda c: full(c[0], c[1], plan), (carry, plan.full & carry.rows.active)
         )
+        if appends(policy):
+            carry, _ = jax.lax.while_loop(
+                lambda c: jnp.any(c[1]),
+                lambda c: (append(*c), jnp.zeros_like(c[1])),
+                (carry, plan.append & carry.rows.active),
+            )
         rows = carry.rows
         if policy.keeps:
             # Entered as a loop of at most one trip: turns in which every row warms up pay for no window, and unlike

@@ -10,7 +10,7 @@ import numpy as np
 
 from djax import text
 from djax.caching import CACHES, Uncached
-from djax.caching.contract import TO_THE_END, Policy
+from djax.caching.contract import TO_THE_END, Policy, appends
 from djax.checks import boolean, plug, real_number, whole_number
 from djax.decoding import DECODERS
 from djax.decoding.contract import Decoder, draws
@@ -68,12 +68,19 @@ def prepare(
     early_stop, align_blocks = boolean(early_stop, "early_stop"), boolean(align_blocks, "align_blocks")
     trace = boolean(trace, "trace")
     plugs = _plugs(model, decoder, cache, smoothing)
+    causal = getattr(model.family, "BLOCK_CAUSAL", False)
+    if causal and not align_blocks:
+        raise OptionError(
+            "align_blocks: expected True, since this family's blocks are counted from the canvas' start; got False"
+        )
     ids, single = text.encode(model.tokenizer, prompts, model.config.vocab, model.config.mask_id)
     count = len(ids)
     seeds = _one_a_prompt(seed, "seed", count, at_least=0, at_most=2**32 - 1)
     lengths = _one_a_prompt(gen_length, "gen_length", count, at_least=1)
     least = _one_a_prompt(min_gen_length, "min_gen_length", count, at_least=0)
     for i, prompt in enumerate(ids):
+        if causal:
+            lengths[i] += -(len(prompt) + lengths[i]) % block_length
         _check_canvas(model, f"prompt {i}", len(prompt), lengths[i], least[i], plugs[1])
     group = count if max_batch is None else min(count, whole_number(max_batch, "max_batch", at_least=1))
     asks = [
@@ -105,6 +112,13 @@ def _plugs(model: Model, decoder: Any, cache: Any, smoothing: Any) -> Plugs:
     name = model.family.__name__.rsplit(".", 1)[-1]
     if policy.keeps and not hasattr(model.family, "empty_cache"):
         raise OptionError(f"cache: expected None, since the family {name} keeps no keys and values; got {cache!r}")
+    if appends(policy) and not getattr(model.family, "BLOCK_CAUSAL", False):
+        raise OptionError(
+            f"cache: expected None, Prefix, Dual or Vicinity, since in the family {name} a finished block sees later ones and its "
+            f"keys and values change; got {cache!r}"
+        )
+    if policy.keeps and not appends(policy) and getattr(model.family, "BLOCK_CAUSAL", False):
+        raise OptionError(f"cache: expected None or Block(), which is exact, for the block-causal family {name}; got {cache!r}")
     if smoothing is not None and not hasattr(model.family, "expected_embedding"):
         raise OptionError(f"smoothing: expected None, since the family {name} takes no soft embeddings; got {smoothing!r}")
     return decoder, policy, smoothing
@@ -173,7 +187,7 @@ def request(
         temperature=np.float32(temperature),
         early_stop=np.bool_(early_stop),
         # Every turn of an unfinished row accepts a token, so no row takes more turns than it has masks.
-        cap=np.int32(max(gen_length)),
+        cap=np.int32((total - prompt).max()),
     )
 
 
