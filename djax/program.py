@@ -259,15 +259,24 @@ def decode(
         left = carry.rows.start - block
         at = left[:, None] + jnp.arange(2 * block, dtype=jnp.int32)[None, :]
         seen = Cache(carry.cache, everywhere < left[:, None])
-        rows, fresh = forward_and_decode(carry.rows, ask, at, block, running, seen)
+        size = block * config.head_dim
 
-        def put(cached: jax.Array, fresh: jax.Array, left: jax.Array, running: jax.Array) -> jax.Array:
-            at, size = (0, left * (cached.shape[1] // length)), (cached.shape[0], block * (cached.shape[1] // length))
-            there = jax.lax.dynamic_slice(cached, at, size)
-            return jax.lax.dynamic_update_slice(cached, jnp.where(running, fresh[:, : size[1]], there), at)
+        def forward(loop: tuple) -> tuple:
+            rows, fresh = forward_and_decode(loop[0], ask, at, block, loop[2], seen)
+            rows = rows._replace(cached_block=jnp.where(loop[2], rows.block, rows.cached_block))
+            return rows, jax.tree.map(lambda a: a[:, :, :size], fresh), jnp.zeros_like(loop[2])
 
-        cache = jax.tree.map(lambda c, f: jax.vmap(put)(c, f, left, running), carry.cache, fresh)
-        rows = rows._replace(cached_block=jnp.where(running, rows.block, rows.cached_block))
+        def put(loop: tuple) -> tuple:
+            cache, pending = loop
+            b = jnp.argmax(pending)
+            where = (b, 0, left[b] * config.head_dim)
+            cache = jax.tree.map(lambda c, f: jax.lax.dynamic_update_slice(c, _row(f, b), where), cache, finished)
+            return cache, pending.at[b].set(False)
+
+        # Two loops, the one reading the cache and the other writing it: done in one, XLA would copy all of it in between.
+        nothing = jax.tree.map(lambda c: jnp.zeros((batch, c.shape[1], size), c.dtype), carry.cache)
+        rows, finished, _ = jax.lax.while_loop(lambda c: jnp.any(c[2]), forward, (carry.rows, nothing, running))
+        cache, _ = jax.lax.while_loop(lambda c: jnp.any(c[1]), put, (carry.cache, running))
         return carry._replace(rows=rows, cache=cache)
 
     def turn(carry: Carry) -> Carry:
@@ -276,11 +285,7 @@ def decode(
             lambda c: jnp.any(c[1]), lambda c: full(c[0], c[1], plan), (carry, plan.full & carry.rows.active)
         )
         if appends(policy):
-            carry, _ = jax.lax.while_loop(
-                lambda c: jnp.any(c[1]),
-                lambda c: (append(*c), jnp.zeros_like(c[1])),
-                (carry, plan.append & carry.rows.active),
-            )
+            carry = append(carry, plan.append & carry.rows.active)
         rows = carry.rows
         if policy.keeps:
             # Entered as a loop of at most one trip: turns in which every row warms up pay for no window, and unlike

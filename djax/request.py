@@ -114,7 +114,7 @@ def _plugs(model: Model, decoder: Any, cache: Any, smoothing: Any) -> Plugs:
         raise OptionError(f"cache: expected None, since the family {name} keeps no keys and values; got {cache!r}")
     if appends(policy) and not getattr(model.family, "BLOCK_CAUSAL", False):
         raise OptionError(
-            f"cache: expected None, Prefix, Dual or Vicinity, since in the family {name} a finished block sees later ones and its "
+            f"cache: expected None, Prefix, Dual or Vicinity: in the family {name} finished blocks see later ones, and their "
             f"keys and values change; got {cache!r}"
         )
     if policy.keeps and not appends(policy) and getattr(model.family, "BLOCK_CAUSAL", False):

@@ -45,6 +45,20 @@ def moe_b():
 
 
 @pytest.fixture(scope="session")
+def dense():
+    import djax
+
+    return djax.load(GOLDENS / "dense")
+
+
+@pytest.fixture(scope="session")
+def llada2():
+    import djax
+
+    return djax.load(GOLDENS / "llada2")
+
+
+@pytest.fixture(scope="session")
 def small():
     import djax
 
