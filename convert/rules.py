@@ -6,7 +6,7 @@ are checked before anything is read, and what is wrong is reported all at once.
 
 import dataclasses
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
 from typing import Any
@@ -41,6 +41,11 @@ class Rule:
     def part(self) -> tuple[int, ...]:
         """The shape of what this rule takes of its source."""
         return self.shape if self.rows is None else (self.rows.stop - self.rows.start, *self.shape[1:])
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the parameter is the tensor as it is."""
+        return self.index is ... and self.rows is None and self.order is None and not self._swaps
 
     @property
     def _swaps(self) -> bool:
@@ -99,18 +104,17 @@ def check(found: Mapping[str, tuple[tuple[int, ...], str]], rules: list[Rule], l
         raise CheckpointError("\n  ".join([f"{len(wrong)} problems with the checkpoint's tensors:", *wrong]))
 
 
-def load(
-    rules: list[Rule], leaves: Mapping[Path, tuple[tuple[int, ...], Any]], read: Callable[[str], np.ndarray]
-) -> Iterator[tuple[Path, np.ndarray]]:
-    """Yield each parameter, complete, of its shape and dtype: one in memory at a time, filled one source tensor at a time."""
-    by_target = defaultdict(list)
-    for rule in rules:
-        by_target[rule.target].append(rule)
-    for path, parts in by_target.items():
-        leaf = np.empty(*leaves[path])
-        for rule in parts:
-            rule.fill(leaf, read(rule.source))
-        yield path, leaf
+def load(parts: list[Rule], shape: tuple[int, ...], dtype: Any, read: Callable[[str], np.ndarray]) -> np.ndarray:
+    """The parameter that these rules fill, one source tensor at a time."""
+    if len(parts) == 1 and parts[0].is_copy:
+        return read(parts[0].source).astype(dtype, copy=False)
+    leaf = np.empty(shape, dtype)
+    for source, group in groupby(parts, key=lambda rule: rule.source):
+        tensor = read(source)
+        for rule in group:
+            rule.fill(leaf, tensor)
+        del tensor
+    return leaf
 
 
 def unload(rules: list[Rule], get: Callable[[Path], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:

@@ -1,83 +1,232 @@
-"""The tensors of a HF checkpoint directory, whether in one safetensors file or in shards with an index."""
+"""The tensors of a HF checkpoint directory, in one safetensors file or in shards with an index: read, and written.
 
+Nothing of a file is believed before it is checked, and nothing is allocated for it. Values are read by position, not mapped:
+what a mapping has touched counts as memory until it ends, and a checkpoint may be larger than the machine has.
+"""
+
+import contextlib
+import dataclasses
 import json
-from collections.abc import Iterator
+import math
+import os
+import stat
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from djax.errors import CheckpointError, PathError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # as HF cuts them
+# Bytes of JSON that are read at most; safetensors' own limit for a header.
+MOST_JSON = 100_000_000
+# Bits an element, of every type that safetensors has. Only the floating ones of two bytes and more are read.
+_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8}
+_BITS |= {
+    "U16": 16,
+    "I16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "U32": 32,
+    "I32": 32,
+    "F32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F64": 64,
+    "C64": 64,
+}
+# In the order in which they stand in a file.
+READ = {"F64": np.float64, "F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies: its file, and the bytes from the file's start."""
+
+    file: Path
+    start: int
+    stop: int
 
 
 class TensorFiles:
-    """Names, shapes and dtypes of all tensors at once, values one at a time. Memory-mapped; a context manager.
+    """Names, shapes and dtypes of all tensors at once, values one at a time. A context manager.
 
-    Raises `PathError` if there is no checkpoint or a shard is absent, `CheckpointError` if a file is damaged or the index
-    and the shards disagree.
+    found: name -> shape and safetensors' name of the dtype. Raises `PathError` if there is no checkpoint or a shard is
+    absent, `CheckpointError` if a file is damaged, points out of the directory, or the index and the shards disagree.
     """
 
     def __init__(self, directory: Path) -> None:
-        self._where: dict[str, Path] = {}
-        self._open: dict[Path, safe_open] = {}
+        self._where: dict[str, _Place] = {}
+        self._open: dict[Path, int] = {}
         self.found: dict[str, tuple[tuple[int, ...], str]] = {}
         index = directory / INDEX
-        files = self._shards(index) if index.is_file() else {directory / SINGLE: None}
-        for path, expected in files.items():
-            if not path.is_file():
-                if expected is None:
-                    raise PathError(f"{directory}: expected {SINGLE} or {INDEX} there, found neither")
-                raise PathError(f"{path}: this shard is listed in {INDEX} but is not there; download it again")
-            try:
-                handle = safe_open(path, framework="np")
-                names = set(handle.keys())
-                for name in names:
-                    part = handle.get_slice(name)
-                    self.found[name] = tuple(part.get_shape()), part.get_dtype()
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from error
-            if expected is not None and names != expected:
-                absent, extra = sorted(expected - names), sorted(names - expected)
-                raise CheckpointError(f"{path}: disagrees with {INDEX}: absent {absent[:5]}, not listed {extra[:5]}")
-            self._open[path] = handle
-            self._where.update(dict.fromkeys(names, path))
-
-    @staticmethod
-    def _shards(index: Path) -> dict[Path, set[str]]:
         try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-            shards: dict[Path, set[str]] = {}
-            for name, file in weight_map.items():
-                if Path(file).name != file:
-                    raise CheckpointError(f"{index}: shard {file!r} points outside the checkpoint's directory")
-                shards.setdefault(index.parent / file, set()).add(name)
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index}: expected JSON with a 'weight_map' of tensor to file: {error!r}") from error
-        return shards
+            files = _shards(index) if index.is_file() else {directory / SINGLE: None}
+            for path, expected in files.items():
+                if not path.is_file():
+                    if expected is None:
+                        raise PathError(f"{directory}: expected {SINGLE} or {INDEX} there, found neither")
+                    raise PathError(f"{path}: this shard is listed in {INDEX} but is not there; download it again")
+                self._add(directory, path, expected)
+        except BaseException:
+            self.close()
+            raise
+
+    def _add(self, directory: Path, path: Path, expected: set[str] | None) -> None:
+        inside(directory, path)
+        try:
+            file = self._open[path] = os.open(path, os.O_RDONLY)
+            header = _header(file)
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from error
+        if expected is not None and header.keys() != expected:
+            absent, extra = sorted(expected - header.keys()), sorted(header.keys() - expected)
+            raise CheckpointError(f"{path}: disagrees with {INDEX}: absent {absent[:5]}, not listed {extra[:5]}")
+        for name, (shape, dtype, start, stop) in header.items():
+            self.found[name] = shape, dtype
+            self._where[name] = _Place(path, start, stop)
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors together."""
+        return sum(place.stop - place.start for place in self._where.values())
 
     def read(self, name: str) -> np.ndarray:
+        """A tensor's values, in an array of their own. Only of the types in `READ`."""
+        place, (shape, dtype) = self._where[name], self.found[name]
+        out = np.empty(math.prod(shape), READ[dtype])
+        view, at = memoryview(out.view(np.uint8)), place.start
         try:
-            return self._open[self._where[name]].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self._where[name]}: tensor {name} cannot be read: {error}") from error
+            while len(view):
+                got = os.preadv(self._open[place.file], [view[: 1 << 28]], at)
+                if not got:
+                    raise OSError("the file has become shorter")
+                view, at = view[got:], at + got
+        except OSError as error:
+            raise CheckpointError(f"{place.file}: tensor {name} cannot be read: {error}") from error
+        return out.reshape(shape)
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
 
     def __enter__(self) -> "TensorFiles":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._open.clear()
+        self.close()
 
 
-def write(directory: Path, sizes: dict[str, int], tensors: Iterator[tuple[str, np.ndarray]], limit: int = SHARD_BYTES) -> None:
-    """Write tensors (in the order and with the bytes that `sizes` announces) as one file, or as shards with an index.
+def inside(directory: Path, path: Path) -> None:
+    """Raises `CheckpointError` if a file of a checkpoint is a link out of its directory, except to the files that the hub's
+    own cache keeps beside its snapshots."""
+    home, target = directory.resolve(), path.resolve()
+    homes = [home] + ([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])
+    if not any(target.is_relative_to(allowed) for allowed in homes):
+        raise CheckpointError(f"{path}: a link that points outside the checkpoint's directory, to {target}")
 
-    One shard is in memory at a time.
+
+def read_json(path: Path) -> Any:
+    """The file's JSON. Raises `CheckpointError` where it is none, names a key twice, or is larger than any such file."""
+    try:
+        if path.stat().st_size > MOST_JSON:
+            raise ValueError(f"{path.stat().st_size} bytes of JSON")
+        return _parse(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: expected JSON: {error}") from error
+
+
+def _parse(text: bytes) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        out = dict(pairs)
+        if len(out) != len(pairs):
+            twice = next(key for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n]))
+            raise ValueError(f"{twice!r} is there twice")
+        return out
+
+    return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+
+
+def _shards(index: Path) -> dict[Path, set[str]]:
+    """The files an index names, and the tensors of each."""
+    inside(index.parent, index)
+    listing = read_json(index)
+    weight_map = listing.get("weight_map") if isinstance(listing, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{index}: expected JSON with a 'weight_map' of tensor to file")
+    shards: dict[Path, set[str]] = {}
+    for name, file in weight_map.items():
+        if Path(file).name != file or "\0" in file:
+            raise CheckpointError(f"{index}: shard {file!r} points outside the checkpoint's directory")
+        shards.setdefault(index.parent / file, set()).add(name)
+    return shards
+
+
+def _header(file: int) -> dict[str, tuple[tuple[int, ...], str, int, int]]:
+    """Name -> shape, dtype, first and last byte. Raises `ValueError` for anything that safetensors does not allow: the tensors
+    must fill the file from the header to its end, without a gap and without an overlap."""
+    status = os.fstat(file)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a file")
+    start = os.pread(file, 8, 0)
+    size = int.from_bytes(start, "little")
+    if len(start) < 8 or size > status.st_size - 8 or size > MOST_JSON:
+        raise ValueError(f"a header of {size} bytes in a file of {status.st_size}")
+    entries = _parse(os.pread(file, size, 8))
+    if not isinstance(entries, dict):
+        raise ValueError("the header is no JSON object")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("__metadata__ is no object of strings")
+    out, begin = {}, 8 + size
+    for name, entry in entries.items():
+        shape, dtype, (first, last) = _entry(name, entry)
+        out[name] = shape, dtype, begin + first, begin + last
+    end = begin
+    for name, (_, _, first, last) in sorted(out.items(), key=lambda item: item[1][2:]):
+        if first != end:
+            raise ValueError(f"tensor {name} begins at {first}, where the one before it ends is {end}")
+        end = last
+    if end != status.st_size:
+        raise ValueError(f"the tensors end at {end}, the file at {status.st_size}")
+    return out
+
+
+def _entry(name: str, entry: Any) -> tuple[tuple[int, ...], str, tuple[int, int]]:
+    """One tensor of a header, checked by itself."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"tensor {name} is not described by dtype, shape and data_offsets")
+    shape, dtype, offsets = entry["shape"], entry["dtype"], entry["data_offsets"]
+
+    def whole(numbers: Any) -> bool:
+        return isinstance(numbers, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers)
+
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise ValueError(f"tensor {name} has the unknown dtype {dtype!r}")
+    if not whole(shape) or len(shape) > 8 or not whole(offsets) or len(offsets) != 2:
+        raise ValueError(f"tensor {name} has shape {str(shape)[:80]} and data_offsets {str(offsets)[:80]}")
+    if 0 in shape:
+        raise ValueError(f"tensor {name} is empty, of shape {shape}")
+    if 8 * (offsets[1] - offsets[0]) != math.prod(shape) * _BITS[dtype]:
+        raise ValueError(f"tensor {name} of {dtype} {shape} takes other than its {offsets[1] - offsets[0]} bytes")
+    return tuple(shape), dtype, (offsets[0], offsets[1])
+
+
+def write(
+    directory: Path,
+    kinds: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+    tensors: Iterator[tuple[str, np.ndarray]],
+    limit: int = SHARD_BYTES,
+) -> None:
+    """Write tensors, of the shapes and dtypes that `kinds` announces, as one file, or as shards with an index.
+
+    They may come in any order, and one is in memory at a time. The files are those that the safetensors library would write.
     """
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in kinds.items()}
     shards: list[list[str]] = [[]]
     used = 0
     for name, size in sizes.items():
@@ -88,11 +237,36 @@ def write(directory: Path, sizes: dict[str, int], tensors: Iterator[tuple[str, n
         used += size
     many = len(shards) > 1
     files = [f"model-{i:05}-of-{len(shards):05}.safetensors" if many else SINGLE for i in range(1, len(shards) + 1)]
-    for file, names in zip(files, shards, strict=True):
-        part = dict(next(tensors) for _ in names)
-        assert list(part) == names
-        save_file(part, directory / file, metadata={"format": "pt"})
+    missing = dict(kinds)
+    with contextlib.ExitStack() as stack:
+        places = {}
+        for file, names in zip(files, shards, strict=True):
+            out = stack.enter_context((directory / file).open("wb"))
+            header, offsets = _written_header({name: kinds[name] for name in names})
+            out.write(header)
+            places |= {name: (out, len(header) + offset) for name, offset in offsets.items()}
+        for name, tensor in tensors:
+            assert (tensor.shape, tensor.dtype) == missing.pop(name)
+            out, at = places[name]
+            out.seek(at)
+            out.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
+    assert not missing
     if many:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _written_header(kinds: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> tuple[bytes, dict[str, int]]:
+    """The start of a file, and each tensor's offset from its end: the widest first, then by name."""
+    types = {np.dtype(dtype): name for name, dtype in READ.items()}
+    rank = list(types).index
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (shape, dtype) in sorted(kinds.items(), key=lambda item: (rank(item[1][1]), item[0])):
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": types[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # values begin at a multiple of 8 bytes, as the format asks for
+    offsets = {name: entries[name]["data_offsets"][0] for name in kinds}
+    return len(text).to_bytes(8, "little") + text, offsets

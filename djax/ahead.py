@@ -10,9 +10,9 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save_file
 
-from djax.checkpoint import free, new_directory
 from djax.checks import whole_number
 from djax.compilation import enable_cache
+from djax.directories import free, new_directory
 from djax.errors import OptionError
 from djax.generate import ask, compiled
 from djax.model import Model, computing

@@ -164,7 +164,7 @@ def test_truncated_safetensors(copy, keep):
 
 
 def test_paths(tmp_path):
-    with pytest.raises(PathError, match=r"nowhere: expected a checkpoint directory, this does not exist; a hub model must"):
+    with pytest.raises(PathError, match=r"nowhere: expected a checkpoint directory, this does not exist"):
         djax.load(tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
     with pytest.raises(PathError, match="this is a file"):
@@ -229,7 +229,7 @@ def test_rotary_settings_in_a_table_of_their_own(copy, moe_a):
 def test_config_that_is_not_json(copy):
     for text in ("{", "[]"):
         (copy / "config.json").write_text(text)
-        with pytest.raises(CheckpointError, match=r"config.json: expected a JSON object"):
+        with pytest.raises(CheckpointError, match=r"config.json: expected (a )?JSON"):
             djax.load(copy)
 
 
@@ -277,7 +277,7 @@ def test_writing_is_all_or_nothing(tmp_path, moe_a, write, monkeypatch):
     def fail(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("djax.checkpoint._write_description", fail)
+    monkeypatch.setattr("djax.checkpoint.write_description", fail)
     with pytest.raises(KeyboardInterrupt):
         write(moe_a, tmp_path / "new")
     assert [p.name for p in tmp_path.iterdir()] == ["there"]

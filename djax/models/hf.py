@@ -23,7 +23,7 @@ class Reader:
 
     def _number(self, key: str, value: Any, kind: type, default: Any) -> Any:
         value = default if value is None else value
-        good = isinstance(value, int | kind) and not isinstance(value, bool) and value > 0
+        good = isinstance(value, int | kind) and not isinstance(value, bool) and 0 < value < 2**53
         if not good:
             self.wrong.append(f"{key}={value!r} (expected: a positive {'whole number' if kind is int else 'number'})")
         return kind(value) if good else kind(1)
@@ -37,6 +37,9 @@ class Reader:
     def rope_theta(self) -> float:
         """Its own key, or transformers 5's table of rotary settings."""
         rope, value = self._hf.get("rope_parameters") or {}, self._hf.get("rope_theta")
+        if not isinstance(rope, dict):
+            self.wrong.append(f"rope_parameters={rope!r} (expected: an object)")
+            rope = {}
         if rope:
             if rope.get("rope_type", "default") != "default":
                 self.wrong.append(f"rope_parameters.rope_type={rope['rope_type']!r} (implemented: 'default')")
@@ -51,6 +54,11 @@ class Reader:
             self.wrong.append(f"num_key_value_heads={groups} (expected: a divisor of num_attention_heads={heads})")
         if head_dim % 2 and not self.wrong:
             self.wrong.append(f"head_dim={head_dim} (expected: even, for rotary positions)")
+
+    def sizes(self, layers: int, experts: int = 1) -> None:
+        """No more layers and experts than a table of them can be made for."""
+        if layers * experts > 1_000_000:
+            self.wrong.append(f"{layers} layers of {experts} experts (expected: a million at most, together)")
 
     def experts(self, experts: int, top: int) -> None:
         if top > experts:

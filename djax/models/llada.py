@@ -80,6 +80,7 @@ class Config:
             eos_id=eos_id,
         )
         read.heads(config.heads, config.groups, config.head_dim)
+        read.sizes(config.layers)
         read.done()
         return config
 

@@ -107,6 +107,7 @@ class Config:
             )
         else:
             read.experts(config.top_groups * experts // groups, config.top)
+        read.sizes(config.layers, config.experts)
         read.done()
         return config
 

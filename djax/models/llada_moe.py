@@ -81,6 +81,7 @@ class Config:
         )
         read.heads(config.heads, config.groups, config.head_dim)
         read.experts(config.experts, config.top)
+        read.sizes(config.layers, config.experts)
         read.done()
         return config
 

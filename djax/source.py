@@ -1,0 +1,277 @@
+"""A checkpoint as it lies on disk, HF's or ours: what it is, and its parameters one at a time on the host."""
+
+import math
+import os
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from djax import text
+from djax.convert import TABLES, orbax_files, rules
+from djax.convert.safetensors_files import READ, TensorFiles, inside, read_json
+from djax.errors import CheckpointError, PathError, UnsupportedModelError
+from djax.models import FAMILIES
+
+SHIPPED = Path(__file__).parent / "small"
+MANIFEST, ORBAX = "djax.json", "params"
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# How tokenizers of known families spell the mask, for those that do not declare it as their mask token.
+_MASK_TEXTS = ("<|mask|>", "<|mdm_mask|>")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+LeafPath = tuple[str, ...]
+Examine = Callable[[str, np.ndarray], None]
+
+
+class Source:
+    """A checkpoint that is open for reading.
+
+    family, config, hf_config (config.json), tokenizer: what it is. dtype: of the parameters as they will be; saved: as they
+    are in an Orbax directory. stored: HF tensor name -> safetensors' name of the dtype that it has, or had before it was
+    converted. sha256: HF tensor name -> digest of its bytes, where a conversion noted it.
+    order: the parameters' paths, in the order in which they are best read.
+    """
+
+    def __init__(self, directory: Path, dtype: str | None, examine: Examine | None) -> None:
+        self.directory, self._wish, self._examine = directory, dtype, examine
+        self.family, self.config, self.hf_config, self.tokenizer = describe(directory)
+        self._files: TensorFiles | None = None
+        self.sha256: dict[str, str] = {}
+        if (directory / MANIFEST).is_file():
+            manifest = read_manifest(directory)
+            self.layout, self.stored, self.sha256 = "Orbax", manifest["stored"], manifest.get("sha256", {})
+            self.saved = DTYPES[manifest["dtype"]]
+            self.dtype = DTYPES[dtype] if dtype is not None else self.saved
+            self.order = list(shapes(self.family, self.config, self.dtype))
+        else:
+            self._files = TensorFiles(directory)
+            try:
+                self._open_hf(self._files)
+            except BaseException:
+                self._files.close()
+                raise
+        self.shapes = shapes(self.family, self.config, self.dtype)
+
+    def _open_hf(self, files: TensorFiles) -> None:
+        self.stored = {name: kind for name, (_, kind) in files.found.items()}
+        # Before anything is made from the config's numbers.
+        if self.config.layers > len(files.found):
+            raise CheckpointError(
+                f"{self.directory}: config.json says {self.config.layers} layers, there are {len(files.found)} tensors"
+            )
+        table = match(self.family, self.config, files)
+        self.layout = (
+            f"HF, {len({rule.source for rule in table})} tensors, stored as {', '.join(sorted(set(self.stored.values())))}"
+        )
+        self.dtype = parameter_dtype(self.hf_config, self.stored, self._wish)
+        self._parts: dict[LeafPath, list[rules.Rule]] = defaultdict(list)
+        for rule in table:
+            self._parts[rule.target].append(rule)
+        self.order = list(self._parts)
+
+    @property
+    def bytes(self) -> int:
+        """Of the parameters as stored: what reading all of them reads."""
+        if self._files is not None:
+            return self._files.bytes
+        wide = shapes(self.family, self.config, self.saved).values()
+        return sum(math.prod(a.shape) * a.dtype.itemsize for a in wide)
+
+    def get(self, path: LeafPath) -> np.ndarray:
+        """A parameter, complete, in the dtype it will have."""
+        leaf = self.shapes[path]
+        if self._files is None:
+            saved = shapes(self.family, self.config, self.saved)[path]
+            return orbax_files.read(self.directory / ORBAX, path, saved.shape, saved.dtype).astype(leaf.dtype, copy=False)
+        return rules.load(self._parts[path], leaf.shape, leaf.dtype, self._read)
+
+    def _read(self, name: str) -> np.ndarray:
+        tensor = self._files.read(name)
+        if self._examine is not None:
+            self._examine(name, tensor)
+        return tensor
+
+    def close(self) -> None:
+        if self._files is not None:
+            self._files.close()
+
+
+@contextmanager
+def opened(path: str | os.PathLike | None, dtype: str | None = None, examine: Examine | None = None) -> Iterator[Source]:
+    """The checkpoint at a path, or the small model's. examine: called with each HF tensor as it is read, whole.
+
+    Raises `PathError`, `CheckpointError` (with all that is wrong) or `UnsupportedModelError`.
+    """
+    source = Source(find(path), dtype, examine)
+    try:
+        yield source
+    finally:
+        source.close()
+
+
+def find(path: str | os.PathLike | None) -> Path:
+    """The directory of a checkpoint: as it is, or fetched from the hub. Raises `PathError`."""
+    directory = SHIPPED if path is None else Path(path).expanduser()
+    if not directory.exists() and _HUB_ID.fullmatch(str(path)):
+        return _fetch(str(path))
+    if not directory.is_dir():
+        what = "is a file" if directory.exists() else "does not exist"
+        raise PathError(f"{directory}: expected a checkpoint directory, this {what}")
+    return directory
+
+
+def _fetch(name: str) -> Path:
+    """A hub model's files that djax reads, in the hub's own cache. No code is among them."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except Exception as error:  # the hub's client raises many kinds: no network, no such model, no permission
+        raise PathError(
+            f"{name}: expected a checkpoint directory or a model of the Hugging Face hub; there is no such directory, and the "
+            f"hub gave: {type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
+
+
+def describe(directory: Path) -> tuple[ModuleType, Any, dict, Any]:
+    """Family, config, config.json and tokenizer of a checkpoint, HF's or ours."""
+    file = directory / "config.json"
+    if not file.is_file():
+        raise PathError(f"{directory}: expected a checkpoint with a config.json, there is none")
+    inside(directory, file)
+    hf = read_json(file)
+    if not isinstance(hf, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, got {type(hf).__name__}")
+    # Not by model_type: LLaDA and LLaDA-MoE share one.
+    architectures = hf.get("architectures") or []
+    if not isinstance(architectures, list):
+        architectures = [architectures]
+    names = [n for n, family in FAMILIES.items() if any(name in family.ARCHITECTURES for name in architectures)]
+    if not names:
+        known = "; ".join(f"{n} ({', '.join(family.ARCHITECTURES)})" for n, family in FAMILIES.items())
+        raise UnsupportedModelError(
+            f"{file}: unknown model family, architectures={architectures}, model_type={hf.get('model_type')!r}; "
+            f"djax knows {known}"
+        )
+    family = FAMILIES[names[0]]
+    tokenizer = text.load_tokenizer(directory)
+    mask_id, eos_id = _special_ids(hf, tokenizer, family, directory)
+    config = family.Config.from_hf(hf, mask_id=mask_id, eos_id=eos_id)
+    for name, value in (("mask", mask_id), ("eos", eos_id)):
+        if not 0 <= value < config.vocab:
+            raise CheckpointError(
+                f"{directory}: the {name} token id {value} is outside the vocabulary of {config.vocab}; "
+                f"set {name}_token_id in config.json"
+            )
+    if tokenizer is not None and len(tokenizer) > config.vocab:
+        raise CheckpointError(f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.vocab}")
+    return family, config, hf, tokenizer
+
+
+def _special_ids(hf: dict, tokenizer: Any, family: ModuleType, directory: Path) -> tuple[int, int]:
+    """Mask and EOS ids: tokenizer, then config.json, then the family's default, which is announced."""
+    found: dict[str, dict[str, int]] = {"mask": {}, "eos": {}}
+    if tokenizer is not None:
+        vocabulary = tokenizer.get_vocab()
+        texts = [t for t in (tokenizer.mask_token, *_MASK_TEXTS) if t in vocabulary]
+        if texts:
+            found["mask"]["tokenizer.json"] = vocabulary[texts[0]]
+        if tokenizer.eos_token_id is not None:
+            found["eos"]["tokenizer.json"] = tokenizer.eos_token_id
+    for name in found:
+        value = hf.get(f"{name}_token_id")
+        if isinstance(value, int) and not isinstance(value, bool):
+            found[name]["config.json"] = value
+        elif value is not None:
+            raise CheckpointError(f"{directory / 'config.json'}: {name}_token_id: expected one integer, got {value!r}")
+    if len(set(found["mask"].values())) > 1:
+        raise CheckpointError(f"{directory}: the mask token id differs, {found['mask']}; correct the wrong file")
+    # A tokenizer's eos may end a turn rather than a text, so where the model's config names one it is the config's.
+    eos = found["eos"].get("config.json", found["eos"].get("tokenizer.json"))
+    mask = next(iter(found["mask"].values()), None)
+    if mask is None:
+        mask = _announce("mask", family.DEFAULT_MASK_ID, directory)
+    if eos is None:
+        eos = _announce("eos", family.DEFAULT_EOS_ID, directory)
+    return mask, eos
+
+
+def _announce(name: str, value: int, directory: Path) -> int:
+    print(f"djax: {directory} names no {name} token; using the family's default, id {value}", file=sys.stderr)
+    return value
+
+
+def shapes(family: ModuleType, config: Any, dtype: Any) -> dict[LeafPath, jax.ShapeDtypeStruct]:
+    """Each parameter's shape and dtype in a model of this dtype."""
+    return traverse_util.flatten_dict(nn.meta.unbox(family.abstract(config, dtype)))
+
+
+def parameter_dtype(hf: dict, stored: dict[str, str], wish: str | None) -> Any:
+    """What is wished, what config.json says, or what most tensors are stored as."""
+    if wish is not None:
+        return DTYPES[wish]
+    declared = str(hf.get("torch_dtype") or hf.get("dtype") or "").removeprefix("torch.")
+    if not declared and stored:
+        declared = {"BF16": "bfloat16"}.get(Counter(stored.values()).most_common(1)[0][0], "float32")
+    return DTYPES.get(declared, jnp.float32)
+
+
+def match(family: ModuleType, config: Any, files: TensorFiles) -> list[rules.Rule]:
+    """The rule table of the layout the files are in, checked strictly."""
+    # The layout whose names match best; whatever does not match it is reported against it.
+    table = max(layouts(family, config).values(), key=lambda t: len(files.found.keys() & {r.source for r in t}))
+    rules.check(files.found, table, {path: leaf.shape for path, leaf in shapes(family, config, jnp.float32).items()})
+    return table
+
+
+def layouts(family: ModuleType, config: Any) -> dict[str, list[rules.Rule]]:
+    """The rule tables of a family; `hf` is what an export writes."""
+    return TABLES[name_of(family)](config)
+
+
+def name_of(family: ModuleType) -> str:
+    return next(name for name, module in FAMILIES.items() if module is family)
+
+
+def written(family: ModuleType, config: Any) -> list[rules.Rule]:
+    """What an export writes: the rules that share a parameter together, so that each parameter is fetched once."""
+    return sorted(layouts(family, config)["hf"], key=lambda rule: rule.target)
+
+
+def kinds(
+    family: ModuleType, config: Any, stored: dict[str, str], have: Any, wish: str | None
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype of each tensor of an export: the dtype that is wished, else the one it is known to have had, but never
+    wider than its parameter in a model of dtype `have`."""
+    common = Counter(stored.values()).most_common(1)
+    leaves = shapes(family, config, have)
+
+    def kind(rule: rules.Rule) -> np.dtype:
+        if wish is not None:
+            return np.dtype(DTYPES[wish])
+        narrowest = np.dtype(leaves[rule.target].dtype)
+        was = stored.get(rule.source, common[0][0] if common else None)
+        wide = np.dtype(READ[was]) if was in READ else narrowest
+        return wide if wide.itemsize <= narrowest.itemsize else narrowest
+
+    return {rule.source: (rule.shape, kind(rule)) for rule in written(family, config)}
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """dtype: of the saved parameters. stored, sha256: of the HF tensors they were made from, by name."""
+    file = directory / MANIFEST
+    manifest = read_json(file)
+    if isinstance(manifest, dict) and manifest.get("dtype") in DTYPES and isinstance(manifest.get("stored"), dict):
+        return manifest
+    raise CheckpointError(f"{file}: not a manifest that djax wrote; convert the checkpoint again")

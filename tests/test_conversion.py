@@ -1,0 +1,224 @@
+"""`djax convert`: streamed, atomic, bit-equal both ways, with a manifest; and what stops it."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDENS
+from safetensors.numpy import load_file, save_file
+from test_checkpoint import same_params
+
+import djax
+from djax import conversion
+from djax.conversion import convert
+from djax.errors import CheckpointError, OptionError
+
+MODELS = ["moe_a", "moe_b", "dense", "llada2"]
+
+
+def raw(directory):
+    return {name: tensor.tobytes() for name, tensor in load_file(directory / "model.safetensors").items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_there_and_back(name, tmp_path):
+    report = convert(GOLDENS / name, tmp_path / "orbax", verify=True)
+    source = raw(GOLDENS / name)
+    assert (report.layout, report.verified, report.rounding, report.spoiled) == ("orbax", True, None, ())
+    assert report.bytes == sum(map(len, source.values()))
+    same_params(djax.load(tmp_path / "orbax").params, djax.load(GOLDENS / name).params)
+
+    manifest = json.loads((tmp_path / "orbax" / "djax.json").read_text())
+    assert manifest["sha256"] == {name: hashlib.sha256(data).hexdigest() for name, data in source.items()}
+    assert (manifest["djax"], manifest["family"]) == (djax.__version__, report.family)
+    assert manifest["config"]["layers"] == djax.load(GOLDENS / name).config.layers
+
+    report = convert(tmp_path / "orbax", tmp_path / "hf", to="hf", verify=True)
+    assert raw(tmp_path / "hf") == source
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "orbax"], "nothing else is left"
+    assert not list((tmp_path / "orbax").glob(".*"))
+
+
+def test_the_file_is_the_library_s(tmp_path):
+    """The written file is byte for byte what the safetensors library writes, with tensors of several widths."""
+    wide = load_file(GOLDENS / "llada2" / "model.safetensors")
+    for n, name in enumerate(sorted(wide)):
+        if n % 3:
+            wide[name] = wide[name].astype((np.float32, np.float64)[n % 2])
+    shutil.copytree(GOLDENS / "llada2", tmp_path / "mixed")
+    (tmp_path / "mixed" / "model.safetensors").chmod(0o600)
+    save_file(wide, tmp_path / "mixed" / "model.safetensors", metadata={"format": "pt"})
+    model = djax.load(tmp_path / "mixed", dtype="float32")
+    djax.export_hf(model, tmp_path / "out")
+    # What was float64 is written as wide as the parameters are.
+    narrowed = {name: t.astype(np.float32) if t.dtype == np.float64 else t for name, t in wide.items()}
+    save_file(narrowed, tmp_path / "expected.safetensors", metadata={"format": "pt"})
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "expected.safetensors").read_bytes()
+
+
+def test_another_dtype(tmp_path):
+    djax.export_hf(djax.load(GOLDENS / "moe_a"), tmp_path / "wide", dtype="float32")
+    report = convert(tmp_path / "wide", tmp_path / "same", dtype="bfloat16")
+    assert report.dtype == "bfloat16" and report.rounding[0] == 0, "these weights were bfloat16 before"
+    assert djax.load(tmp_path / "same").dtype == jnp.bfloat16
+
+    tensors = load_file(tmp_path / "wide" / "model.safetensors")
+    tensors["lm_head.weight"][3, 4] = 1 + 2**-9
+    save_file(tensors, tmp_path / "wide" / "model.safetensors")
+    report = convert(tmp_path / "wide", tmp_path / "narrow", dtype="bfloat16", verify=True)
+    assert report.rounding == (2**-9, "lm_head.weight")
+    assert json.loads((tmp_path / "narrow" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+    done = subprocess.run(
+        [sys.executable, "-m", "djax.cli", "convert", tmp_path / "wide", tmp_path / "cli", "--dtype", "bfloat16", "--verify"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "largest rounding error: 0.00195, in lm_head.weight" in done.stdout
+    assert "converted and verified in" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_hf_to_hf_in_another_layout_and_dtype(tmp_path):
+    """What a cast needs is one parameter, too."""
+    report = convert(GOLDENS / "moe_a", tmp_path / "wide", to="hf", dtype="float32", verify=True)
+    assert report.layout == "hf"
+    assert {t.dtype for t in load_file(tmp_path / "wide" / "model.safetensors").values()} == {np.dtype(np.float32)}
+    same_params(djax.load(tmp_path / "wide").params, djax.load(GOLDENS / "moe_a").params)
+
+
+def test_progress_counts_what_is_read(tmp_path):
+    told = []
+    report = convert(GOLDENS / "llada2", tmp_path / "out", verify=True, progress=lambda *told_: told.append(told_))
+    for what in ("converting", "verifying"):
+        done = [d for w, d, total in told if w == what]
+        assert done == sorted(done) and done[-1] == report.bytes == told[0][2]
+
+
+@pytest.fixture
+def spoiled(tmp_path):
+    directory = tmp_path / "spoiled"
+    shutil.copytree(GOLDENS / "moe_a", directory)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.1.mlp.experts.2.up_proj.weight"][0, 3] = np.nan
+    (directory / "model.safetensors").chmod(0o600)
+    save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
+def test_weights_that_are_not_finite(spoiled, tmp_path, capsys):
+    message = r"tensor model.layers.1.mlp.experts.2.up_proj.weight has values that are NaN or infinite"
+    with pytest.raises(CheckpointError, match=message):
+        convert(spoiled, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["spoiled"]
+    assert convert(spoiled, tmp_path / "out", not_finite="warn").spoiled == ("model.layers.1.mlp.experts.2.up_proj.weight",)
+    with pytest.raises(CheckpointError, match=message):
+        djax.load(spoiled, not_finite="refuse")
+    djax.load(spoiled, not_finite="allow")
+    assert capsys.readouterr().err == ""
+    djax.load(spoiled)
+    assert "1 tensors have values that are NaN or infinite, model.layers.1.mlp" in capsys.readouterr().err
+    with pytest.raises(OptionError, match="not_finite: expected one of warn, refuse, allow, got 'maybe'"):
+        djax.load(spoiled, not_finite="maybe")
+
+
+def test_what_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(OptionError, match="--to: expected orbax or hf, got 'onnx'"):
+        convert(GOLDENS / "moe_a", tmp_path / "out", to="onnx")
+    with pytest.raises(OptionError, match=r"dtype: expected one of float32, bfloat16, .* got 'fp8'"):
+        convert(GOLDENS / "moe_a", tmp_path / "out", dtype="fp8")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(OptionError, match="there: already exists; choose another directory or remove it"):
+        convert(GOLDENS / "moe_a", tmp_path / "there")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(CheckpointError, match=r"out: needs 0.0 GB, the disk has 0.0 GB left"):
+        convert(GOLDENS / "moe_a", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_disk_that_fills_up(tmp_path, monkeypatch):
+    """A file system of 300 kB, which holds a third of the checkpoint."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", small], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    try:
+        with pytest.raises(CheckpointError, match=r"needs 0.0 GB, the disk has"):
+            convert(GOLDENS / "moe_a", small / "out", dtype="float32")
+        monkeypatch.setattr(conversion, "_have_room", lambda out, need: None)
+        for to in ("orbax", "hf"):
+            with pytest.raises(CheckpointError, match=r"out: the disk is full; nothing was left there"):
+                convert(GOLDENS / "moe_a", small / "out", to=to, dtype="float32")
+            assert list(small.iterdir()) == []
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_a_source_that_changes_meanwhile_is_noticed(tmp_path, monkeypatch):
+    directory = tmp_path / "source"
+    shutil.copytree(GOLDENS / "moe_a", directory)
+    file = directory / "model.safetensors"
+    file.chmod(0o600)
+    verify = conversion._verify_orbax
+
+    def change(*arguments):
+        with file.open("r+b") as out:
+            out.seek(-1, os.SEEK_END)
+            out.write(b"\x11")
+        verify(*arguments)
+
+    monkeypatch.setattr(conversion, "_verify_orbax", change)
+    with pytest.raises(CheckpointError, match=r"was not written as it was read|the source changed while it was read"):
+        convert(directory, tmp_path / "out", verify=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("moment", [0.2, 0.7])
+def test_a_killed_conversion_leaves_nothing_that_loads(tmp_path, moment):
+    """Killed at a moment of its work; the next one to the same place removes what it left and finishes."""
+    code = "import sys; from djax.conversion import convert; print('ready', flush=True); convert(*sys.argv[1:3])"
+    out = tmp_path / "out"
+    with subprocess.Popen([sys.executable, "-c", code, GOLDENS / "moe_b", tmp_path / "whole"], stdout=subprocess.PIPE) as whole:
+        whole.stdout.readline()
+        began = time.monotonic()
+        assert whole.wait() == 0
+        seconds = time.monotonic() - began
+    with subprocess.Popen([sys.executable, "-c", code, GOLDENS / "moe_b", out], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        time.sleep(moment * seconds)
+        process.send_signal(signal.SIGKILL)
+    if out.exists():  # it was faster than the first
+        same_params(djax.load(out).params, djax.load(GOLDENS / "moe_b").params)
+        shutil.rmtree(out)
+    convert(GOLDENS / "moe_b", out)
+    same_params(djax.load(out).params, djax.load(GOLDENS / "moe_b").params)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_a_conversion_that_is_running_is_left_alone(tmp_path):
+    from djax.directories import new_directory
+
+    with new_directory(tmp_path / "out") as one:
+        (one / "something").write_text("here")
+        convert(GOLDENS / "moe_a", tmp_path / "out")
+        assert (one / "something").exists()
+        shutil.rmtree(tmp_path / "out")
+    assert (tmp_path / "out" / "something").exists()
+
+
+def test_restored_onto_a_mesh_of_one(tmp_path):
+    convert(GOLDENS / "llada2", tmp_path / "out")
+    model = djax.load(tmp_path / "out", mesh=djax.mesh())
+    assert isinstance(jax.tree.leaves(model.params)[0].sharding, jax.sharding.NamedSharding)
+    same_params(model.params, djax.load(GOLDENS / "llada2").params)
