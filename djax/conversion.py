@@ -212,7 +212,7 @@ def _disk_full_told(out: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
+        full = getattr(error, "errno", None) == errno.ENOSPC or "[ENOSPC]" in str(error) or "No space left" in str(error)
         if full and not isinstance(error, CheckpointError):
             raise CheckpointError(f"{out}: the disk is full; nothing was left there") from error
         raise

@@ -146,6 +146,8 @@ def test_what_is_refused(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files that Orbax leaves open when it fails
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_disk_that_fills_up(tmp_path, monkeypatch):
     """A file system of 300 kB, which holds a third of the checkpoint."""
     small = tmp_path / "small"
