@@ -39,7 +39,7 @@ class Decoding:
     'Credit(Threshold(0.8))' trusts tokens proposed before."""
     cache: str = "none"
     """What a forward runs: 'none' (the whole canvas), 'Prefix(every=None)' (from the block on), 'Dual(every=None)' (the
-    block), or 'Vicinity(before=16, after=16, warmup=4, every=None)' (the block and its neighbours)."""
+    block), 'Vicinity(before=16, after=16, warmup=4, every=None)' (the block and its neighbours); for LLaDA2 'Block()'."""
     smoothing: str = "none"
     """'Smoothing(first, growth, last, threshold_decay)' feeds masked positions what the last forward expected there."""
     temperature: float = 0.0
@@ -463,6 +463,28 @@ class Compile:
 
 
 @dataclasses.dataclass
+class Conversion:
+    """Convert and restore a checkpoint of LLaDA-MoE-7B's shape with random weights: memory, and speed beside cp.
+
+    djax bench convert --work /somewhere/large --out benchmarks/results --readme README.md
+
+    Takes 45 GB of disk for a while, and memory for 15 GB of parameters.
+    """
+
+    work: Annotated[Path, arg(metavar="DIR")]
+    """Where the checkpoints are made; it must not exist, and is removed at the end."""
+    out: Annotated[Path, arg(metavar="DIR")]
+    """Where conversion.jsonl goes."""
+    readme: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Also write the table into this Markdown file, between its two marks."""
+
+    def run(self, console: Console) -> None:
+        from djax.benchmarks import conversion
+
+        print(conversion.run(self.work, self.out, self.readme, _note(console)))
+
+
+@dataclasses.dataclass
 class Devices:
     """Decode by every decoder, cache and smoothing on meshes of up to eight devices, and compare with one.
 
@@ -518,6 +540,7 @@ Benchmark = (
     | Annotated[SoftTop, subcommand("soft-top")]
     | Annotated[Compile, subcommand("compile")]
     | Annotated[Devices, subcommand("devices")]
+    | Annotated[Conversion, subcommand("convert")]
 )
 
 

@@ -4,7 +4,7 @@ what a plain Python loop over the same step functions gives."""
 import numpy as np
 import pytest
 from plain_loop import decode
-from tiny import CONFIG, tiny_model
+from tiny import CONFIG, DENSE, tiny_model
 
 import djax
 from djax.caching import CACHES, Uncached
@@ -43,7 +43,8 @@ def draw_smoothing(on, rng):
     return djax.Smoothing(first=rng.uniform(0, 0.5), threshold_decay=rng.uniform(0, 0.2)) if on else None
 
 
-COMBINATIONS = [(d, c, s) for d in DECODERS for c in CACHES for s in (False, True)] + [
+# Block() is for another family: test_block_diffusion.py.
+COMBINATIONS = [(d, c, s) for d in DECODERS for c in CACHES if c != "block" for s in (False, True)] + [
     ("fixed steps", "dual", False),
     ("fixed random", "vicinity", False),
     ("credit over hierarchy", "vicinity", True),
@@ -61,6 +62,17 @@ def facts(out):
 
 @pytest.mark.parametrize(("decoder", "cache", "smoothing"), COMBINATIONS, ids=lambda x: str(x).replace(" ", "-"))
 def test_rows_alone_and_the_plain_loop(model, decoder, cache, smoothing):
+    check(model, decoder, cache, smoothing)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "cache", "smoothing"), [("credit", "dual", False), ("hierarchy", "vicinity", True), ("factor", "prefix", False)]
+)
+def test_a_dense_model_s_rows(decoder, cache, smoothing):
+    check(tiny_model(config=DENSE), decoder, cache, smoothing)
+
+
+def check(model, decoder, cache, smoothing):
     rng = np.random.default_rng(COMBINATIONS.index((decoder, cache, smoothing)))
     ways = set()
     for case in range(CASES):

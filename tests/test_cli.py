@@ -92,7 +92,7 @@ def test_info_and_convert(tmp_path):
         (["generate", QUESTION, "--gen-length", "2000"], "gen_length may be 9"),
         (["generate", QUESTION, "--decoder", "Fixed(0.9)"], "Fixed(per_step=...): expected a whole number"),
         (["generate", QUESTION, "--decoder", "Fixed(tau=0.9)"], "Fixed(tau=0.9) does not fit Fixed(per_step=1, steps=None"),
-        (["generate", QUESTION, "--cache", "dul"], "--cache: unknown 'dul'; there are: dual, none, prefix, vicinity"),
+        (["generate", QUESTION, "--cache", "dul"], "--cache: unknown 'dul'; there are: block, dual, none, prefix, vicinity"),
         (["generate", "what is <|mask|>?"], "contains the mask token (1, '<|mask|>')"),
         (["convert", "/nowhere", "out"], "/nowhere: expected a checkpoint directory"),
         (["convert", str(GOLDENS / "moe_a"), "out", "--to", "gguf"], "--to: expected orbax or hf, got 'gguf'"),
