@@ -129,7 +129,7 @@ def table(lines: list[dict[str, Any]]) -> str:
     text += [
         "",
         f"{x['bytes'] / 1e9:.1f} GB of random bfloat16 in LLaDA-MoE-7B's shape; the files that came back are "
-        f"{'equal byte for byte' if trip['equal'] else 'DIFFERENT'}. {x['hardware']}, {x['threads']} threads, jax {x['jax']}, commit "
-        f"{x['commit']}; `{x['command']}`.",
+        f"{'equal byte for byte' if trip['equal'] else 'DIFFERENT'}. {x['hardware']}, {x['threads']} threads, jax {x['jax']}, "
+        f"commit {x['commit']}; `{x['command']}`.",
     ]
     return "\n".join(text)
