@@ -16,7 +16,7 @@ import djax
 from djax.benchmarks import compile as compiling
 from djax.benchmarks import ladder, soft_top, speed
 from djax.benchmarks.report import read_lines, with_part
-from djax.checkpoint import SHIPPED
+from djax.source import SHIPPED
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -155,7 +155,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
 
 def test_the_shipped_model(small):
     """Small enough to ship, of the published configuration, and it answers."""
-    from djax.checkpoint import SHIPPED
+    from djax.source import SHIPPED
 
     assert sum(f.stat().st_size for f in SHIPPED.iterdir()) <= 8_000_000
     assert small.parameter_count > 1_000_000
