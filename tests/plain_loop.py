@@ -92,7 +92,7 @@ def decode(
     for block, begin in enumerate(range(first, total, block_length)):
         end, call = min(begin + block_length, total), 0
         while np.any(canvas[begin:end] == c.mask_id):
-            full, refresh, window = (bool(x[0]) for x in policy.plan(tick(block, call), jnp.array([cached_block])))
+            full, refresh, window = (bool(x[0]) for x in policy.plan(tick(block, call), jnp.array([cached_block]))[:3])
             if full:
                 kept, cache = cache, None
                 fresh = forward(0, total, length, begin, end, block, call)
