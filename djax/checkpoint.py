@@ -144,12 +144,13 @@ def write_manifest(directory: Path, family: ModuleType, config: Any, dtype: Any,
 
 
 def _restore(source: Source, mesh: Mesh | None) -> Any:
-    saved, wanted = (abstract(source.family, source.config, dtype, mesh) for dtype in (source.saved, source.dtype))
+    places = _places(source.family, source.config, mesh)
+    saved = {path: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=places[path]) for path, a in source.saved.items()}
     try:
-        params = orbax_files.restore(source.directory / ORBAX, saved)
+        params = orbax_files.restore(source.directory / ORBAX, traverse_util.unflatten_dict(saved))
     except Exception as error:  # Orbax raises many kinds for a damaged directory; all mean the same to a user
         raise CheckpointError(f"{source.directory}: the Orbax checkpoint cannot be restored: {error}") from error
-    return jax.tree.map(lambda a, leaf: a.astype(leaf.dtype), params, wanted)
+    return jax.tree.map(lambda a, leaf: a.astype(leaf.dtype), params, traverse_util.unflatten_dict(source.shapes))
 
 
 def export_hf(model: Model, directory: str | os.PathLike, *, dtype: str | None = None) -> None:

@@ -20,7 +20,7 @@ from djax.convert import orbax_files, rules, safetensors_files
 from djax.convert.safetensors_files import TensorFiles
 from djax.directories import free, new_directory
 from djax.errors import CheckpointError, OptionError
-from djax.source import ORBAX, LeafPath, Source, kinds, name_of, opened, written
+from djax.source import ORBAX, Source, kinds, name_of, opened, written
 
 LAYOUTS = ("orbax", "hf")
 Progress = Callable[[str, int, int], None]
@@ -73,14 +73,21 @@ def convert(
     with Examiner(not_finite) as examiner, opened(source, dtype, examiner) as read:
         if to == "orbax":
             _have_room(Path(out), sum(leaf.size * leaf.dtype.itemsize for leaf in read.shapes.values()))
-        examiner.narrowed_to = {name: kind for name, (_, kind) in _kinds(read, dtype).items()}
+        as_written = kinds(read.family, read.config, read.stored, read.dtype, dtype)
+        examiner.narrowed_to = {name: kind for name, (_, kind) in as_written.items()}
         examiner.watch("converting", read.bytes, progress)
         with _disk_full_told(Path(out)), new_directory(out) as partial:
-            (_to_orbax if to == "orbax" else _to_hf)(read, partial, examiner, dtype)
+            if to == "orbax":
+                orbax_files.write(partial / ORBAX, ((path, _get(read, path, examiner)) for path in read.order))
+            else:
+                tensors = rules.unload(written(read.family, read.config), lambda path: _get(read, path, examiner))
+                cast = ((name, t.astype(as_written[name][1])) for name, t in tensors)
+                safetensors_files.write(partial, as_written, cast)
+            write_description(read, partial, dtype)
             digests = examiner.digests()
             if verify:
                 examiner.watch("verifying", read.bytes, progress)
-                (_verify_orbax if to == "orbax" else _verify_hf)(read, partial, dtype)
+                _verify_orbax(read, partial) if to == "orbax" else _verify_hf(read, partial, as_written)
                 if examiner.digests() != digests:
                     raise CheckpointError(f"{read.directory}: the source changed while it was read")
             if to == "orbax":
@@ -158,40 +165,23 @@ class Examiner:
         self._worker.shutdown(cancel_futures=True)
 
 
-def _kinds(read: Source, dtype: str | None) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    return kinds(read.family, read.config, read.stored, read.dtype, dtype)
-
-
-def _to_orbax(read: Source, partial: Path, examiner: Examiner, dtype: str | None) -> None:
-    orbax_files.write(partial / ORBAX, ((path, _get(read, path, examiner)) for path in read.order))
-    write_description(read, partial, dtype)
-
-
-def _to_hf(read: Source, partial: Path, examiner: Examiner, dtype: str | None) -> None:
-    as_they_are = _kinds(read, dtype)
-    tensors = rules.unload(written(read.family, read.config), lambda path: _get(read, path, examiner))
-    safetensors_files.write(partial, as_they_are, ((name, t.astype(as_they_are[name][1])) for name, t in tensors))
-    write_description(read, partial, dtype)
-
-
-def _get(read: Source, path: LeafPath, examiner: Examiner) -> np.ndarray:
+def _get(read: Source, path: rules.Path, examiner: Examiner) -> np.ndarray:
     leaf = read.get(path)
     if read.layout == "Orbax":  # HF tensors are counted one by one
         examiner.read(leaf.nbytes)
     return leaf
 
 
-def _verify_orbax(read: Source, partial: Path, dtype: str | None) -> None:
+def _verify_orbax(read: Source, partial: Path) -> None:
     for path, leaf in read.shapes.items():
         there = orbax_files.read(partial / ORBAX, path, leaf.shape, leaf.dtype)
         _equal(".".join(path), there, read.get(path))
 
 
-def _verify_hf(read: Source, partial: Path, dtype: str | None) -> None:
-    as_they_are = _kinds(read, dtype)
+def _verify_hf(read: Source, partial: Path, as_written: dict[str, tuple[tuple[int, ...], np.dtype]]) -> None:
     with TensorFiles(partial) as files:
         for name, tensor in rules.unload(written(read.family, read.config), read.get):
-            _equal(name, files.read(name), tensor.astype(as_they_are[name][1]))
+            _equal(name, files.read(name), tensor.astype(as_written[name][1]))
 
 
 def _equal(name: str, there: np.ndarray, expected: np.ndarray) -> None:

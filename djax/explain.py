@@ -130,7 +130,6 @@ def _schedule(model: Model, asked: Asked, ask: Request, b: int, pace: int) -> li
     _, policy, smoothing = asked.plugs
     prompt, total, start, block = int(ask.prompt[b]), int(ask.total[b]), int(ask.start[b]), asked.block(ask)
     before, after = reach(policy, ask.tokens.shape[1])
-    causal = getattr(model.family, "BLOCK_CAUSAL", False)
     turns = forwards = index = 0
     cached = -1
     out = []
@@ -141,7 +140,7 @@ def _schedule(model: Model, asked: Asked, ask: Request, b: int, pace: int) -> li
             plan = policy.plan(_tick(turns if smoothing is None else forwards, forwards, index, len(mine)), jnp.array([cached]))
             full, refresh, window, append = (x is not None and bool(x[0]) for x in plan)
             if full:
-                mine.append(Forward(True, refresh, end if causal else total))
+                mine.append(Forward(True, refresh, end if model.block_causal else total))
             if append:
                 mine.append(Forward(False, False, end - (s - block), append=True))
             if window:

@@ -60,6 +60,11 @@ class Model:
         """Of every parameter."""
         return jax.tree.leaves(self.params)[0].dtype
 
+    @property
+    def block_causal(self) -> bool:
+        """Whether a block of positions sees only itself and the blocks before it (LLaDA2)."""
+        return getattr(self.family, "BLOCK_CAUSAL", False)
+
     def __repr__(self) -> str:
         name = self.family.__name__.rsplit(".", 1)[-1]
         ids = f"mask {self.config.mask_id}, eos {self.config.eos_id}"
@@ -98,7 +103,7 @@ def logits(model: Model, tokens: Any, lengths: Any = None, *, block_length: int 
     """
     if block_length is not None:
         block_length = whole_number(block_length, "block_length", at_least=1)
-        if not getattr(model.family, "BLOCK_CAUSAL", False):
+        if not model.block_causal:
             raise OptionError(f"block_length: expected None, since every position of this family sees all; got {block_length}")
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or not tokens.size:

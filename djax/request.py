@@ -68,8 +68,7 @@ def prepare(
     early_stop, align_blocks = boolean(early_stop, "early_stop"), boolean(align_blocks, "align_blocks")
     trace = boolean(trace, "trace")
     plugs = _plugs(model, decoder, cache, smoothing)
-    causal = getattr(model.family, "BLOCK_CAUSAL", False)
-    if causal and not align_blocks:
+    if model.block_causal and not align_blocks:
         raise OptionError(
             "align_blocks: expected True, since this family's blocks are counted from the canvas' start; got False"
         )
@@ -79,7 +78,7 @@ def prepare(
     lengths = _one_a_prompt(gen_length, "gen_length", count, at_least=1)
     least = _one_a_prompt(min_gen_length, "min_gen_length", count, at_least=0)
     for i, prompt in enumerate(ids):
-        if causal:
+        if model.block_causal:
             lengths[i] += -(len(prompt) + lengths[i]) % block_length
         _check_canvas(model, f"prompt {i}", len(prompt), lengths[i], least[i], plugs[1])
     group = count if max_batch is None else min(count, whole_number(max_batch, "max_batch", at_least=1))
@@ -112,12 +111,12 @@ def _plugs(model: Model, decoder: Any, cache: Any, smoothing: Any) -> Plugs:
     name = model.family.__name__.rsplit(".", 1)[-1]
     if policy.keeps and not hasattr(model.family, "empty_cache"):
         raise OptionError(f"cache: expected None, since the family {name} keeps no keys and values; got {cache!r}")
-    if appends(policy) and not getattr(model.family, "BLOCK_CAUSAL", False):
+    if appends(policy) and not model.block_causal:
         raise OptionError(
             f"cache: expected None, Prefix, Dual or Vicinity: in the family {name} finished blocks see later ones, and their "
             f"keys and values change; got {cache!r}"
         )
-    if policy.keeps and not appends(policy) and getattr(model.family, "BLOCK_CAUSAL", False):
+    if policy.keeps and not appends(policy) and model.block_causal:
         raise OptionError(f"cache: expected None or Block(), which is exact, for the block-causal family {name}; got {cache!r}")
     if smoothing is not None and not hasattr(model.family, "expected_embedding"):
         raise OptionError(f"smoothing: expected None, since the family {name} takes no soft embeddings; got {smoothing!r}")

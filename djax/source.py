@@ -30,16 +30,15 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _MASK_TEXTS = ("<|mask|>", "<|mdm_mask|>")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
-LeafPath = tuple[str, ...]
 Examine = Callable[[str, np.ndarray], None]
 
 
 class Source:
     """A checkpoint that is open for reading.
 
-    family, config, hf_config (config.json), tokenizer: what it is. dtype: of the parameters as they will be; saved: as they
-    are in an Orbax directory. stored: HF tensor name -> safetensors' name of the dtype that it has, or had before it was
-    converted. sha256: HF tensor name -> digest of its bytes, where a conversion noted it.
+    family, config, hf_config (config.json), tokenizer: what it is. dtype, shapes: of the parameters as they will be; saved:
+    their shapes and dtypes as they are in an Orbax directory. stored: HF tensor name -> safetensors' name of the dtype that
+    it has, or had before it was converted. sha256: HF tensor name -> digest of its bytes, where a conversion noted it.
     order: the parameters' paths, in the order in which they are best read.
     """
 
@@ -51,9 +50,9 @@ class Source:
         if (directory / MANIFEST).is_file():
             manifest = read_manifest(directory)
             self.layout, self.stored, self.sha256 = "Orbax", manifest["stored"], manifest.get("sha256", {})
-            self.saved = DTYPES[manifest["dtype"]]
-            self.dtype = DTYPES[dtype] if dtype is not None else self.saved
-            self.order = list(shapes(self.family, self.config, self.dtype))
+            self.dtype = DTYPES[dtype or manifest["dtype"]]
+            self.saved = shapes(self.family, self.config, DTYPES[manifest["dtype"]])
+            self.order = list(self.saved)
         else:
             self._files = TensorFiles(directory)
             try:
@@ -75,7 +74,7 @@ class Source:
             f"HF, {len({rule.source for rule in table})} tensors, stored as {', '.join(sorted(set(self.stored.values())))}"
         )
         self.dtype = parameter_dtype(self.hf_config, self.stored, self._wish)
-        self._parts: dict[LeafPath, list[rules.Rule]] = defaultdict(list)
+        self._parts: dict[rules.Path, list[rules.Rule]] = defaultdict(list)
         for rule in table:
             self._parts[rule.target].append(rule)
         self.order = list(self._parts)
@@ -85,14 +84,13 @@ class Source:
         """Of the parameters as stored: what reading all of them reads."""
         if self._files is not None:
             return self._files.bytes
-        wide = shapes(self.family, self.config, self.saved).values()
-        return sum(math.prod(a.shape) * a.dtype.itemsize for a in wide)
+        return sum(math.prod(a.shape) * a.dtype.itemsize for a in self.saved.values())
 
-    def get(self, path: LeafPath) -> np.ndarray:
+    def get(self, path: rules.Path) -> np.ndarray:
         """A parameter, complete, in the dtype it will have."""
         leaf = self.shapes[path]
         if self._files is None:
-            saved = shapes(self.family, self.config, self.saved)[path]
+            saved = self.saved[path]
             return orbax_files.read(self.directory / ORBAX, path, saved.shape, saved.dtype).astype(leaf.dtype, copy=False)
         return rules.load(self._parts[path], leaf.shape, leaf.dtype, self._read)
 
@@ -212,7 +210,7 @@ def _announce(name: str, value: int, directory: Path) -> int:
     return value
 
 
-def shapes(family: ModuleType, config: Any, dtype: Any) -> dict[LeafPath, jax.ShapeDtypeStruct]:
+def shapes(family: ModuleType, config: Any, dtype: Any) -> dict[rules.Path, jax.ShapeDtypeStruct]:
     """Each parameter's shape and dtype in a model of this dtype."""
     return traverse_util.flatten_dict(nn.meta.unbox(family.abstract(config, dtype)))
 
