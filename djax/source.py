@@ -263,7 +263,8 @@ def kinds(
         wide = np.dtype(READ[was]) if was in READ else narrowest
         return wide if wide.itemsize <= narrowest.itemsize else narrowest
 
-    return {rule.source: (rule.shape, kind(rule)) for rule in written(family, config)}
+    # In the table's order, by which tensors are dealt out to shards: those of a checkpoint that comes back lie where they lay.
+    return {rule.source: (rule.shape, kind(rule)) for rule in layouts(family, config)["hf"]}
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
