@@ -147,4 +147,4 @@ def unload(rules: list[Rule], get: Callable[[Path], np.ndarray]) -> Iterator[tup
             leaf = None  # or two would be in memory
             last, leaf = parts[0].target, get(parts[0].target)
         tensors = [rule.extract(leaf) for rule in parts]
-        yield source, tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
+        yield source, tensors.pop() if len(tensors) == 1 else np.concatenate(tensors)

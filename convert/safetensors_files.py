@@ -250,6 +250,7 @@ def write(
             out, at = places[name]
             out.seek(at)
             out.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
+            del tensor  # or it would be held until the next one has come
     assert not missing
     if many:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}

@@ -81,7 +81,7 @@ def convert(
                 orbax_files.write(partial / ORBAX, ((path, _get(read, path, examiner)) for path in read.order))
             else:
                 tensors = rules.unload(written(read.family, read.config), lambda path: _get(read, path, examiner))
-                cast = ((name, t.astype(as_written[name][1])) for name, t in tensors)
+                cast = map(lambda named: (named[0], named[1].astype(as_written[named[0]][1], copy=False)), tensors)
                 safetensors_files.write(partial, as_written, cast)
             write_description(read, partial, dtype)
             digests = examiner.digests()
@@ -181,7 +181,7 @@ def _verify_orbax(read: Source, partial: Path) -> None:
 def _verify_hf(read: Source, partial: Path, as_written: dict[str, tuple[tuple[int, ...], np.dtype]]) -> None:
     with TensorFiles(partial) as files:
         for name, tensor in rules.unload(written(read.family, read.config), read.get):
-            _equal(name, files.read(name), tensor.astype(as_written[name][1]))
+            _equal(name, files.read(name), tensor.astype(as_written[name][1], copy=False))
 
 
 def _equal(name: str, there: np.ndarray, expected: np.ndarray) -> None:
