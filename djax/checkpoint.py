@@ -22,6 +22,7 @@ from djax.convert import orbax_files, rules, safetensors_files
 from djax.directories import new_directory
 from djax.errors import CheckpointError, OptionError
 from djax.model import Model
+from djax.models import quantized
 from djax.source import DTYPES, MANIFEST, ORBAX, Source, kinds, name_of, opened, shapes, written
 
 NOT_FINITE = ("warn", "refuse", "allow")
@@ -32,6 +33,7 @@ def load(
     *,
     dtype: str | None = None,
     mesh: Mesh | None = None,
+    quantize: str | None = None,
     not_finite: str = "warn",
 ) -> Model:
     """Load a model.
@@ -43,6 +45,9 @@ def load(
            float64 as float32.
     mesh:  None for one device; `djax.mesh(model=8)` splits heads, experts and vocabulary over eight, each of which reads only
            its part. `djax.generate` is the same.
+    quantize: "int8" holds the matrices of attention, experts and MLPs as int8 with float32 scales (`models/quantized.py`): half
+           the bytes of bfloat16, for answers that may differ. No device holds the wider ones meanwhile. Such a model decodes,
+           but is neither saved nor trained.
     not_finite: what to do about weights that are NaN or infinite: "warn" on standard error, "refuse" with an error, or
            "allow" them without looking. Of an Orbax directory none are looked at: `djax convert` did.
 
@@ -51,14 +56,14 @@ def load(
     model, too), `PathError`, `CheckpointError` (with all that is wrong) or `UnsupportedModelError`.
     """
     known_dtype(dtype)
+    if quantize not in (None, "int8"):
+        raise OptionError(f"quantize: expected None or 'int8', got {quantize!r}")
     spoiled: list[str] = []
     with opened(path, dtype, None if known_not_finite(not_finite) == "allow" else finite(spoiled, not_finite)) as source:
-        if source.layout == "Orbax":
+        if source.layout == "Orbax" and quantize is None:
             params = _restore(source, mesh)
         else:
-            places = _places(source.family, source.config, mesh)
-            flat = {leaf: jax.device_put(source.get(leaf), places[leaf]) for leaf in source.order}
-            params = traverse_util.unflatten_dict(flat)
+            params = _read(source, mesh, quantize)
         warn_of(spoiled, source.directory)
         return Model(source.family, source.config, params, source.tokenizer, source.hf_config, source.stored, mesh)
 
@@ -110,21 +115,24 @@ def inspect(path: str | os.PathLike | None = None) -> dict[str, Any]:
         return facts | dataclasses.asdict(source.config)
 
 
-def _places(family: ModuleType, config: Any, mesh: Mesh | None) -> dict[tuple, Sharding]:
+def _places(family: ModuleType, config: Any, mesh: Mesh | None, quantize: str | None = None) -> dict[tuple, Sharding]:
     """Where each parameter goes."""
     boxed = family.abstract(config, jnp.float32)
     axes = {path: tuple(spec) for path, spec in traverse_util.flatten_dict(nn.get_partition_spec(boxed)).items()}
+    leaves = traverse_util.flatten_dict(nn.meta.unbox(boxed))
+    if quantize is not None:
+        axes, leaves = quantized.logical_axes(axes), quantized.abstract(leaves)
     if mesh is None:
         return dict.fromkeys(axes, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    sizes = {path: a.shape for path, a in traverse_util.flatten_dict(nn.meta.unbox(boxed)).items()}
-    return sharding.place(sharding.check(mesh), axes, sizes)
+    return sharding.place(sharding.check(mesh), axes, {path: a.shape for path, a in leaves.items()})
 
 
-def abstract(family: ModuleType, config: Any, dtype: Any, mesh: Mesh | None) -> Any:
+def abstract(family: ModuleType, config: Any, dtype: Any, mesh: Mesh | None, quantize: str | None = None) -> Any:
     """The parameters' tree without values, each leaf a `ShapeDtypeStruct` that knows where it goes."""
-    places = _places(family, config, mesh)
-    leaves = shapes(family, config, dtype).items()
-    flat = {path: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=places[path]) for path, a in leaves}
+    places = _places(family, config, mesh, quantize)
+    leaves = shapes(family, config, dtype)
+    leaves = leaves if quantize is None else quantized.abstract(leaves)
+    flat = {path: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=places[path]) for path, a in leaves.items()}
     return traverse_util.unflatten_dict(flat)
 
 
@@ -136,8 +144,9 @@ def hf_names(family: ModuleType, config: Any) -> list[str]:
 def save(model: Model, directory: str | os.PathLike) -> None:
     """Write an Orbax checkpoint that `load` restores: parameters, config, tokenizer and a manifest.
 
-    The directory must not exist; it appears whole or not at all. Raises `OptionError` if it exists.
+    The directory must not exist; it appears whole or not at all. Raises `OptionError` if it exists, and for a quantised model.
     """
+    _as_it_came(model)
     with new_directory(directory) as partial:
         orbax_files.save(partial / ORBAX, model.params)
         write_description(model, partial)
@@ -151,6 +160,17 @@ def write_manifest(directory: Path, family: ModuleType, config: Any, dtype: Any,
     facts = {"family": name_of(family), "config": dataclasses.asdict(config), "dtype": str(np.dtype(dtype))}
     facts |= {"djax": djax.__version__, **more, "stored": dict(stored)}
     (directory / MANIFEST).write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def _read(source: Source, mesh: Mesh | None, quantize: str | None) -> Any:
+    """Parameter by parameter, each as it will be held before it goes to its devices."""
+    places = _places(source.family, source.config, mesh, quantize)
+    flat = {}
+    for path in source.order:
+        leaf = source.get(path)
+        parts = ((path, leaf),) if quantize is None else quantized.quantize(path, leaf)
+        flat |= {path: jax.device_put(part, places[path]) for path, part in parts}
+    return traverse_util.unflatten_dict(flat)
 
 
 def _restore(source: Source, mesh: Mesh | None) -> Any:
@@ -173,6 +193,7 @@ def export_hf(model: Model, directory: str | os.PathLike, *, dtype: str | None =
     The directory must not exist; it appears whole or not at all. Raises `OptionError` if it exists.
     """
     known_dtype(dtype)
+    _as_it_came(model)
     flat = traverse_util.flatten_dict(model.params)
     with new_directory(directory) as partial:
         as_they_are = kinds(model.family, model.config, model.stored, model.dtype, dtype)
@@ -190,6 +211,13 @@ def known_not_finite(not_finite: str) -> str:
     if not_finite not in NOT_FINITE:
         raise OptionError(f"not_finite: expected one of {', '.join(NOT_FINITE)}, got {not_finite!r}")
     return not_finite
+
+
+def _as_it_came(model: Model) -> None:
+    if model.quantized:
+        raise OptionError(
+            f"model: expected one that was not quantised, this one holds {model.quantized}; load it without quantize= to write it"
+        )
 
 
 def write_description(of: Model | Source, directory: Path, dtype: str | None = None) -> None:

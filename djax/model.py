@@ -57,8 +57,13 @@ class Model:
 
     @property
     def dtype(self) -> Any:
-        """Of every parameter."""
-        return jax.tree.leaves(self.params)[0].dtype
+        """Of every parameter, and of what is computed; where a model is quantised, of those that are not."""
+        return self.params["embedding"].dtype
+
+    @property
+    def quantized(self) -> str | None:
+        """ "int8" if weights are held so (`djax.load(quantize=...)`)."""
+        return "int8" if any(a.dtype == jnp.int8 for a in jax.tree.leaves(self.params)) else None
 
     @property
     def block_causal(self) -> bool:
@@ -68,7 +73,8 @@ class Model:
     def __repr__(self) -> str:
         name = self.family.__name__.rsplit(".", 1)[-1]
         ids = f"mask {self.config.mask_id}, eos {self.config.eos_id}"
-        return f"Model({name}, {self.parameter_count:,} parameters, {self.dtype}, {ids})"
+        kind = f"{self.quantized} and {self.dtype}" if self.quantized else self.dtype
+        return f"Model({name}, {self.parameter_count:,} parameters, {kind}, {ids})"
 
 
 @contextmanager

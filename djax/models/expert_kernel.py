@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from djax.models import expert_tiles
 from djax.models.layers import kernels_wanted
+from djax.models.quantized import Int8, Weights, values
 
 # Rows of a tile, columns of its output, and how much of the summed axis is read at a time. Some 160 rows an expert in a
 # canvas of LLaDA-MoE: a wider tile would be half empty at the end of most groups.
@@ -23,7 +24,7 @@ def suits(w_in: tuple[int, int, int]) -> bool:
     return kernels_wanted() and width % COLUMNS == 0 and both % (2 * COLUMNS) == 0
 
 
-def chosen(x: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array, interpret: bool = False) -> jax.Array:
+def chosen(x: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights, interpret: bool = False) -> jax.Array:
     """Each token's chosen experts' outputs, `[T, J, D]`; arguments, result and gradient as `expert_tiles.chosen`'s.
 
     Sums are float32, rounded to x's dtype between the two products and at the end. interpret: run the kernels' operations one
@@ -31,14 +32,14 @@ def chosen(x: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array, inte
     """
 
     @jax.custom_vjp
-    def run(x: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array) -> jax.Array:
+    def run(x: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights) -> jax.Array:
         return _run(x, ids, w_in, w_out, interpret)
 
     run.defvjp(lambda *a: (run(*a), a), expert_tiles.backward)
     return run(x, ids, w_in, w_out)
 
 
-def _run(x: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array, interpret: bool) -> jax.Array:
+def _run(x: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights, interpret: bool) -> jax.Array:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu
 
@@ -56,19 +57,24 @@ def _run(x: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array, interp
     # The token of each row of each tile. Where a group has ended, another's, whose output nobody reads.
     token = (groups.order[jnp.minimum(place, ids.size - 1)] // choices).astype(jnp.int32).reshape(-1)
 
-    def call(kernel: Any, out_width: int, name: str, *inputs: jax.Array) -> jax.Array:
+    def call(kernel: Any, out_width: int, name: str, **inputs: jax.Array) -> jax.Array:
+        def run(*refs: Any) -> None:
+            kernel(refs[-1], count=count, **dict(zip(inputs, refs, strict=False)))
+
         return pl.pallas_call(
-            partial(kernel, count=count),
+            run,
             # Tiles first: those of one expert run side by side, and read the same part of its weights.
             grid=(tiles, out_width // COLUMNS),
             out_shape=jax.ShapeDtypeStruct((tiles * ROWS, out_width), x.dtype),
             compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
             interpret=interpret,
             name=name,
-        )(*inputs)
+        )(*inputs.values())
 
-    h = call(_into, both // 2, "experts_in", expert, token, x, w_in)
-    y = call(_out_of, width, "experts_out", expert, h, w_out)
+    # The second matrices' scales belong to the hidden features, so they, too, are for the first kernel.
+    scales = {"in_scale": w_in.scale, "out_scale": w_out.scale} if isinstance(w_in, Int8) else {}
+    h = call(_into, both // 2, "experts_in", expert=expert, token=token, x=x, w_in=values(w_in), **scales)
+    y = call(_out_of, width, "experts_out", expert=expert, h=h, w_out=values(w_out))
     flat = ids.reshape(-1)
     own = jnp.minimum(flat, count - 1)
     row = first[own] * ROWS + groups.inverse - groups.starts[own]
@@ -76,7 +82,9 @@ def _run(x: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array, interp
     return jnp.where((flat < count)[:, None], y[row], 0).reshape(tokens, choices, width)
 
 
-def _into(expert: Any, token: Any, x: Any, w_in: Any, h: Any, *, count: int) -> None:
+def _into(
+    h: Any, *, expert: Any, token: Any, x: Any, w_in: Any, in_scale: Any = None, out_scale: Any = None, count: int
+) -> None:
     """COLUMNS of gated(rows @ w_in) of one tile; the rows are read where the tokens lie."""
     from jax.experimental import pallas as pl
 
@@ -97,10 +105,13 @@ def _into(expert: Any, token: Any, x: Any, w_in: Any, h: Any, *, count: int) -> 
 
         zero = jnp.zeros((ROWS, COLUMNS), jnp.float32)
         gate, up = jax.lax.fori_loop(0, x.shape[1] // DEEP, turn, (zero, zero))
+        if in_scale is not None:
+            gate = gate * in_scale[e, 0, columns]
+            up = up * in_scale[e, 0, pl.ds(h.shape[1] + n * COLUMNS, COLUMNS)] * out_scale[e, columns, 0]
         h[mine, columns] = (jax.nn.silu(gate) * up).astype(h.dtype)
 
 
-def _out_of(expert: Any, h: Any, w_out: Any, y: Any, *, count: int) -> None:
+def _out_of(y: Any, *, expert: Any, h: Any, w_out: Any, count: int) -> None:
     """COLUMNS of h @ w_out of one tile."""
     from jax.experimental import pallas as pl
 
@@ -120,4 +131,4 @@ def _out_of(expert: Any, h: Any, w_out: Any, y: Any, *, count: int) -> None:
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     precision = "highest" if a.dtype == jnp.float32 else None
-    return jnp.dot(a, b, preferred_element_type=jnp.float32, precision=precision)
+    return jnp.dot(a, b.astype(a.dtype), preferred_element_type=jnp.float32, precision=precision)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from djax.models.layers import gated
+from djax.models.quantized import Weights, at, product
 
 
 class Groups(NamedTuple):
@@ -73,7 +74,7 @@ class _Tiles:
 
 
 @jax.custom_vjp
-def chosen(x: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array) -> jax.Array:
+def chosen(x: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights) -> jax.Array:
     """Each token's chosen experts' outputs, `[T, J, D]`; id E means none (an arbitrary finite value comes back).
 
     Loops with traced trip counts run one tile of one expert a time. A narrow tile that reaches past its group keeps what
@@ -85,7 +86,7 @@ def chosen(x: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array) -> j
 
     def run(width: int, expert: jax.Array, row: jax.Array, own: jax.Array, out: jax.Array) -> jax.Array:
         tile = jax.lax.dynamic_slice_in_dim(rows, row, width)
-        tile = gated(tile @ w_in[expert]) @ w_out[expert]
+        tile = product("td,df->tf", gated(product("td,df->tf", tile, at(w_in, expert))), at(w_out, expert))
         there = jax.lax.dynamic_slice_in_dim(out, row, width)
         return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(own, tile, there), row, axis=0)
 
@@ -93,7 +94,7 @@ def chosen(x: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array) -> j
     return out[tiles.inverse].reshape(tokens, choices, x.shape[-1])
 
 
-def _forward(x: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array) -> tuple:
+def _forward(x: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights) -> tuple:
     return chosen(x, ids, w_in, w_out), (x, ids, w_in, w_out)
 
 

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from djax.models import expert_kernel, expert_tiles
 from djax.models.layers import gated, replicated, split
+from djax.models.quantized import Weights, at, product
 
 # Tokens up to which an accelerator computes all experts on all of them.
 DENSE = 256
@@ -85,7 +86,7 @@ def _among_best(scores: jax.Array, top: int) -> jax.Array:
     return jnp.sum(before, axis=-1) < top
 
 
-def experts(x: jax.Array, routing: Routing, w_in: jax.Array, w_out: jax.Array, valid: jax.Array) -> jax.Array:
+def experts(x: jax.Array, routing: Routing, w_in: Weights, w_out: Weights, valid: jax.Array) -> jax.Array:
     """Weighted sum of the chosen experts' outputs, `[T, D]` in x's dtype.
 
     x `[T, D]`, w_in `[E, D, 2F]` (gate, then up), w_out `[E, F, D]`, valid bool `[T]`: rows that are padding get an arbitrary
@@ -120,15 +121,15 @@ def described(platform: str, w_in: tuple[int, int, int]) -> str:
     return forms[form("cuda" if platform == "gpu" else platform, DENSE + 1, w_in)]
 
 
-def plain(x: jax.Array, routing: Routing, w_in: jax.Array, w_out: jax.Array, valid: jax.Array) -> jax.Array:
+def plain(x: jax.Array, routing: Routing, w_in: Weights, w_out: Weights, valid: jax.Array) -> jax.Array:
     """The definition, token by token: the oracle of the other back ends. Gathers J expert matrices a token."""
     del valid
-    h = gated(jnp.einsum("td,tjdf->tjf", x, w_in[routing.ids]))
-    y = jnp.einsum("tjf,tjfd->tjd", h, w_out[routing.ids])
+    h = gated(product("td,tjdf->tjf", x, at(w_in, routing.ids)))
+    y = product("tjf,tjfd->tjd", h, at(w_out, routing.ids))
     return combine(y, routing.weights)
 
 
-def dense(x: jax.Array, routing: Routing, w_in: jax.Array, w_out: jax.Array, valid: jax.Array, chunk: int = 2048) -> jax.Array:
+def dense(x: jax.Array, routing: Routing, w_in: Weights, w_out: Weights, valid: jax.Array, chunk: int = 2048) -> jax.Array:
     """Every expert on every token, the unchosen ones weighted 0: one product in, one product out.
 
     More tokens than `chunk` go in turns: `[E, T, 2F]` is the largest array there is.
@@ -140,8 +141,8 @@ def dense(x: jax.Array, routing: Routing, w_in: jax.Array, w_out: jax.Array, val
 
     def run(part: tuple[jax.Array, jax.Array]) -> jax.Array:
         x, gates = part
-        h = gated(jnp.einsum("td,edf->etf", x, w_in)) * gates.T[:, :, None].astype(x.dtype)
-        return jnp.einsum("etf,efd->td", h, w_out)
+        h = gated(product("td,edf->etf", x, w_in)) * gates.T[:, :, None].astype(x.dtype)
+        return product("etf,efd->td", h, w_out)
 
     tokens = x.shape[0]
     if tokens <= chunk:
@@ -153,8 +154,8 @@ def dense(x: jax.Array, routing: Routing, w_in: jax.Array, w_out: jax.Array, val
 def grouped(
     x: jax.Array,
     routing: Routing,
-    w_in: jax.Array,
-    w_out: jax.Array,
+    w_in: Weights,
+    w_out: Weights,
     valid: jax.Array,
     chosen: Callable[..., jax.Array] = expert_tiles.chosen,
 ) -> jax.Array:
@@ -167,7 +168,7 @@ def grouped(
     if not split():
         return combine(chosen(x, ids, w_in, w_out), routing.weights)
 
-    def own(x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: jax.Array, w_out: jax.Array) -> jax.Array:
+    def own(x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights) -> jax.Array:
         count = w_in.shape[0]
         ids = ids - jax.lax.axis_index("model") * count
         mine = (ids >= 0) & (ids < count)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from djax.models.attention import attention
 from djax.models.layers import Cache, by_head, replicated, rms_norm, rotary_angles
+from djax.models.quantized import SCALE, Int8, Weights, product
 
 
 class Transformer(nn.Module):
@@ -94,27 +95,29 @@ class Layer(nn.Module):
         # One product for all three. By group, so that a device that has a group has its queries, its keys and its values.
         per_group = c.heads // c.groups
         shape = (c.width, c.groups, per_group + 2, c.head_dim)
-        qkv = jnp.einsum("bwd,dgsk->bwgsk", h, self.matrix("qkv", shape, ("embed", "heads", None, "head_dim"), c.width))
+        qkv = product("bwd,dgsk->bwgsk", h, self.matrix("qkv", shape, ("embed", "heads", None, "head_dim"), c.width))
         norms = tuple(self.scale(name, c.head_dim, "head_dim") for name in ("q_norm", "k_norm")) if self.head_norms else None
         attended, k, v = attention(qkv, norms, angles, valid, cached, visible, until, c.eps)
         o = self.matrix("o", (c.heads, c.head_dim, c.width), ("heads", "head_dim", "embed"), c.heads * c.head_dim)
-        x = replicated(x + jnp.einsum("bwhk,hkd->bwd", attended, o))
+        x = replicated(x + product("bwhk,hkd->bwd", attended, o))
         h = rms_norm(x, self.scale("ffn_norm", c.width, "embed"), c.eps)
         return replicated(x + self.feed_forward(h, valid)), (k, v)
 
     def scale(self, name: str, size: int, axis: str) -> jax.Array:
         return self.param(name, nn.with_logical_partitioning(nn.initializers.ones, (axis,)), (size,), self.dtype)
 
-    def matrix(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int) -> jax.Array:
-        return self.param(name, scaled(axes, fan_in), shape, self.dtype)
+    def matrix(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int) -> Weights:
+        """A parameter, with its scale if there is one beside it."""
+        w = self.param(name, scaled(axes, fan_in), shape, self.dtype)
+        return Int8(w, self.get_variable("params", name + SCALE)) if self.has_variable("params", name + SCALE) else w
 
     def mlp(self, name: str, h: jax.Array, width: int) -> jax.Array:
         """down(silu(gate h) * up h) of this width; parameters `name_in` `[D, 2, F]`, gate first, and `name_out` `[F, D]`."""
         c = self.config
         w_in = self.matrix(f"{name}_in", (c.width, 2, width), ("embed", None, "mlp"), c.width)
         w_out = self.matrix(f"{name}_out", (width, c.width), ("mlp", "embed"), width)
-        gate, up = jnp.einsum("bwd,dtf->tbwf", h, w_in)
-        return jnp.einsum("bwf,fd->bwd", jax.nn.silu(gate) * up, w_out)
+        gate, up = product("bwd,dtf->tbwf", h, w_in)
+        return product("bwf,fd->bwd", jax.nn.silu(gate) * up, w_out)
 
 
 def scaled(axes: tuple[str | None, ...], fan_in: int) -> Any:
