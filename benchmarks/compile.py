@@ -54,7 +54,14 @@ DINFER = ((3.87, 681), (5.67, 847))
 
 
 def measure(
-    target: str, devices: int, *, smoothing: bool, hf: dict[str, Any] | None = None, canvas: int = 1280, block: int = 64
+    target: str,
+    devices: int,
+    *,
+    smoothing: bool = False,
+    quantize: str | None = None,
+    hf: dict[str, Any] | None = None,
+    canvas: int = 1280,
+    block: int = 64,
 ) -> dict[str, Any]:
     """Compile the decode (batch 1, bf16, credit over a threshold, vicinity 16/16) and say what the program is.
 
@@ -73,7 +80,7 @@ def measure(
     smooth = djax.Smoothing() if smoothing else None
     plugs = djax.Credit(djax.Threshold(0.8)), djax.Vicinity(16, 16), smooth
     began = time.perf_counter()
-    made = _compile(llada_moe, config, mesh, plugs, canvas, block)
+    made = _compile(llada_moe, config, mesh, plugs, quantize, canvas, block)
     seconds = time.perf_counter() - began
     program, memory = hlo.Program(made.as_text()), made.memory_analysis()
     (decode,) = program.loops(program.entry)
@@ -82,7 +89,7 @@ def measure(
     by_layer = [sum(program.layer(k) == n for k in kernels) for n in range(config.layers)]
     all_reduces = [sum(program.layer(c) == n for c in collectives) for n in range(config.layers)]
     moved, flops = sum(program.bytes(window, k) for k in kernels), program.flops(window)
-    least = _least(config, devices, canvas, block, smoothing)
+    least = _least(config, devices, canvas, block, smoothing, quantize)
 
     def largest(*loops: str) -> int:
         return max((hlo.size(k.shape) for loop in loops for k in program.copies(loop)), default=0)
@@ -96,6 +103,7 @@ def measure(
         "target": target,
         "devices": devices,
         "smoothing": smoothing,
+        "quantize": quantize,
         "model": f"{config.layers} layers, width {config.width}, {config.experts} experts, vocabulary {config.vocab}",
         "canvas": canvas,
         "block": block,
@@ -141,7 +149,7 @@ def _devices(target: str, count: int) -> list[Any]:
         ) from error
 
 
-def _compile(family: Any, config: Any, mesh: Any, plugs: tuple, canvas: int, block: int) -> Any:
+def _compile(family: Any, config: Any, mesh: Any, plugs: tuple, quantize: str | None, canvas: int, block: int) -> Any:
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
@@ -158,20 +166,22 @@ def _compile(family: Any, config: Any, mesh: Any, plugs: tuple, canvas: int, blo
     ask = Request(value((1, canvas), jnp.int32), *per_row, value((1,), jnp.uint32), *scalars)
     traced = jax.tree.map(lambda x: value((), np.int32 if isinstance(x, int) else np.float32), plugs)
     program = partial(decode, family=family, config=config, block=block, sampled=False, traced=False)
-    params = abstract(family, config, jnp.bfloat16, mesh)
+    params = abstract(family, config, jnp.bfloat16, mesh, quantize)
     with jax.set_mesh(mesh):
         return jax.jit(program).lower(params, ask, *traced).compile()
 
 
-def _least(config: Any, devices: int, canvas: int, block: int, smoothing: bool) -> int:
+def _least(config: Any, devices: int, canvas: int, block: int, smoothing: bool, quantize: str | None) -> int:
     """Bytes one device cannot do without in a window step: its weights, its part of the cache, and the logits, once each."""
     c, width = config, 2
     attention = c.width * c.head_dim * (2 * c.heads + 2 * c.groups)
     experts = 3 * c.experts * c.width * c.expert_width
-    split = c.layers * (attention + experts) + c.width * c.vocab * (2 if smoothing else 1)
+    matrices = c.layers * (attention + experts) // devices
+    vocabulary = c.width * c.vocab * (2 if smoothing else 1) // devices
     whole = c.layers * (c.width * c.experts + 2 * c.width + 2 * c.head_dim) + c.width
     cache = c.layers * 2 * canvas * c.groups * c.head_dim
-    return width * (split // devices + whole + cache // devices) + 4 * block * c.vocab // devices
+    held = matrices if quantize else width * matrices
+    return held + width * (vocabulary + whole + cache // devices) + 4 * block * c.vocab // devices
 
 
 def _brief(shape: str) -> str:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from djax.checks import whole_number
 from djax.compilation import enable_cache
 from djax.errors import CanvasError, OptionError, PromptError
+from djax.models.quantized import SCALE
 from djax.sharding import DATA
 
 
@@ -39,7 +40,8 @@ class Model:
 
     @property
     def parameter_count(self) -> int:
-        return sum(a.size for a in jax.tree.leaves(self.params))
+        leaves = jax.tree_util.tree_leaves_with_path(self.params)
+        return sum(a.size for path, a in leaves if not path[-1].key.endswith(SCALE))
 
     @property
     def parameter_bytes(self) -> int:
