@@ -92,7 +92,7 @@ def test_widths_it_does_not_take_go_the_plain_way():
 def test_the_plain_form_can_be_chosen():
     """On a GPU, for whoever mistrusts the kernels."""
     code = "from djax.models import attention, moe; print(attention.suits(128), moe.form('cuda', 999, (8, 64, 128)))"
-    for form, expected in (("pallas", "True kernel"), ("xla", "False dense")):
+    for form, expected in (("pallas", "True kernels"), ("xla", "False dense")):
         done = subprocess.run(
             [sys.executable, "-c", code], env=os.environ | {"DJAX_KERNELS": form}, capture_output=True, text=True, cwd="/"
         )

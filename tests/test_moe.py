@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from djax.models import expert_kernel, moe
+from djax.models import expert_kernel, moe, quantized
 
 # The widths are the least that the kernel takes.
 TOKENS, WIDTH, EXPERTS, EXPERT_WIDTH, TOP = 70, 64, 6, 64, 2
 # On a machine with a GPU the kernel itself runs.
-kernel = partial(moe.grouped, chosen=partial(expert_kernel.chosen, interpret=jax.default_backend() == "cpu"))
+INTERPRET = jax.default_backend() == "cpu"
+kernel = partial(moe.grouped, chosen=partial(expert_kernel.chosen, interpret=INTERPRET))
+dense_kernel = partial(moe.dense_kernel, interpret=INTERPRET)
 
 
 def layer(seed=0):
@@ -39,7 +41,7 @@ def rerouted(routing, choose):
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("back_end", [moe.dense, moe.grouped, kernel, moe.experts])
+@pytest.mark.parametrize("back_end", [moe.dense, moe.grouped, kernel, dense_kernel, moe.experts])
 def test_back_ends_equal_the_plain_form_and_its_gradients(back_end, choice):
     x, router, w_in, w_out = layer()
     routing = rerouted(moe.route(x, router, TOP, renormalise=False), CHOICES[choice])
@@ -94,6 +96,38 @@ def test_the_kernel_in_bfloat16_rounds_where_the_plain_form_does():
     assert off(got) <= 1.5 * off(moe.plain(x, routing, w_in, w_out, None))
 
 
+def as_int8(name, w):
+    """A matrix as it is held once quantised, and what it stands for."""
+    (_, held), (_, scale) = quantized.quantize((name,), np.asarray(w))
+    return quantized.Int8(jnp.asarray(held), jnp.asarray(scale)), jnp.asarray(held * scale)
+
+
+@pytest.mark.parametrize("back_end", [moe.plain, moe.dense, moe.grouped, kernel, dense_kernel])
+def test_int8_weights_are_what_they_stand_for(back_end):
+    x, router, w_in, w_out = layer()
+    w_out = w_out * jnp.arange(1, EXPERT_WIDTH + 1)[None, :, None]  # scales that differ
+    routing, valid = moe.route(x, router, TOP, renormalise=False), jnp.ones(TOKENS, bool)
+    (held_in, wide_in), (held_out, wide_out) = as_int8("w_in", w_in), as_int8("w_out", w_out)
+    expected = moe.plain(x, routing, wide_in, wide_out, valid)
+    got = back_end(x, routing, held_in, held_out, valid)
+    np.testing.assert_allclose(got, expected, atol=2e-5 * float(jnp.max(jnp.abs(expected))))
+    # Half a step of the scale, which is a 127th of the channel's largest.
+    for w, wide, axis in ((w_in, wide_in, 1), (w_out, wide_out, 2)):
+        step = np.max(np.abs(w), axis=axis, keepdims=True) / 127
+        assert 0.45 < float(np.max(np.abs(w - wide) / step)) <= 0.5 + 1e-4
+
+
+@pytest.mark.parametrize("back_end", [moe.dense, kernel, dense_kernel])
+def test_int8_weights_in_a_bfloat16_model(back_end):
+    x, router, w_in, w_out = layer()
+    routing, valid = moe.route(x, router, TOP, renormalise=False), jnp.ones(TOKENS, bool)
+    (held_in, wide_in), (held_out, wide_out) = as_int8("w_in", w_in), as_int8("w_out", w_out)
+    exact = moe.plain(x, routing, wide_in, wide_out, valid)
+    got = back_end(x.astype(jnp.bfloat16), routing, held_in, held_out, valid)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(got.astype(jnp.float32), exact, atol=0.02 * float(jnp.max(jnp.abs(exact))))
+
+
 def test_padding_costs_the_kernel_nothing_and_is_finite():
     x, router, w_in, w_out = layer()
     routing = moe.route(x, router, TOP, renormalise=False)
@@ -104,7 +138,12 @@ def test_padding_costs_the_kernel_nothing_and_is_finite():
 def test_which_form_runs():
     real, narrow = (64, 2048, 2048), (8, 48, 64)
     assert [moe.form("cpu", tokens, real) for tokens in (16, 4096)] == ["tiles", "tiles"]
-    assert [moe.form("cuda", tokens, real) for tokens in (96, 256, 257, 4096)] == ["dense", "dense", "kernel", "kernel"]
+    assert [moe.form("cuda", tokens, real) for tokens in (96, 256, 257, 4096)] == [
+        "dense kernel",
+        "dense kernel",
+        "kernels",
+        "kernels",
+    ]
     assert moe.form("cuda", 4096, narrow) == moe.form("tpu", 4096, real) == "dense"
 
 

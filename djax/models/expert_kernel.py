@@ -1,21 +1,23 @@
-"""The chosen experts of each token, as two Pallas kernels over tiles of rows of one expert: the form for many tokens on a GPU.
+"""Pallas kernels of the expert layer, for GPUs: two for many tokens, over tiles of rows of one expert each; and one for few
+tokens, the hidden rows of all experts on all of them.
 
 Letters: T tokens, D width, E experts, J experts a token, F expert width.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from djax.models import expert_tiles
-from djax.models.layers import kernels_wanted
+from djax.models.layers import gated, kernels_wanted
 from djax.models.quantized import Int8, Weights, values
 
 # Rows of a tile, columns of its output, and how much of the summed axis is read at a time. Some 160 rows an expert in a
 # canvas of LLaDA-MoE: a wider tile would be half empty at the end of most groups.
 ROWS, COLUMNS, DEEP = 64, 64, 32
+# Rows of a tile where every expert takes every token: all of a window's, if they fit, so that weights are read once.
+WINDOW_ROWS = 128
 
 
 def suits(w_in: tuple[int, int, int]) -> bool:
@@ -106,8 +108,9 @@ def _into(
         zero = jnp.zeros((ROWS, COLUMNS), jnp.float32)
         gate, up = jax.lax.fori_loop(0, x.shape[1] // DEEP, turn, (zero, zero))
         if in_scale is not None:
-            gate = gate * in_scale[e, 0, columns]
-            up = up * in_scale[e, 0, pl.ds(h.shape[1] + n * COLUMNS, COLUMNS)] * out_scale[e, columns, 0]
+            others = pl.ds(h.shape[1] + n * COLUMNS, COLUMNS)
+            gate = gate * in_scale[e, 0, columns][None, :]
+            up = up * (in_scale[e, 0, others] * out_scale[e, columns, 0])[None, :]
         h[mine, columns] = (jax.nn.silu(gate) * up).astype(h.dtype)
 
 
@@ -127,6 +130,75 @@ def _out_of(y: Any, *, expert: Any, h: Any, w_out: Any, count: int) -> None:
 
         sums = jax.lax.fori_loop(0, h.shape[1] // DEEP, turn, jnp.zeros((ROWS, COLUMNS), jnp.float32))
         y[mine, columns] = sums.astype(y.dtype)
+
+
+def hidden(x: jax.Array, gates: jax.Array, w_in: Weights, w_out: Weights, interpret: bool = False) -> jax.Array:
+    """Every expert's hidden row of every token, weighted: gated(x @ w_in[e]) * gates[:, e], `[T, E, F]` in x's dtype.
+
+    x `[T, D]`, gates float32 `[T, E]`. Float32 until the end. Where w_out is int8, its scales, which belong to the hidden
+    features, are in the result. Gate, up and what joins them are one kernel: nothing of twice the result's size is written.
+    interpret: run the kernel's operations one by one, on any platform, for tests.
+    """
+
+    @jax.custom_vjp
+    def run(x: jax.Array, gates: jax.Array, w_in: Weights, w_out: Weights) -> jax.Array:
+        return _run_hidden(x, gates, w_in, w_out, interpret)
+
+    run.defvjp(lambda *a: (run(*a), a), lambda a, d: jax.vjp(plain_hidden, *a)[1](d))
+    return run(x, gates, w_in, w_out)
+
+
+def plain_hidden(x: jax.Array, gates: jax.Array, w_in: Weights, w_out: Weights) -> jax.Array:
+    """`hidden` in XLA's own operations, for weights that are not int8: the oracle of its gradient."""
+    del w_out
+    return gated(jnp.einsum("td,edf->tef", x, w_in)) * gates[..., None].astype(x.dtype)
+
+
+def _run_hidden(x: jax.Array, gates: jax.Array, w_in: Weights, w_out: Weights, interpret: bool) -> jax.Array:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as plgpu
+
+    (tokens, _), (count, _, both) = x.shape, w_in.shape
+    rows = min(WINDOW_ROWS, max(16, pl.next_power_of_2(tokens)))
+    inputs = {"x": x, "gates": gates, "w_in": values(w_in)}
+    if isinstance(w_in, Int8):
+        inputs |= {"in_scale": w_in.scale, "out_scale": w_out.scale}
+
+    def kernel(*refs: Any) -> None:
+        _hidden(refs[-1], rows=rows, **dict(zip(inputs, refs, strict=False)))
+
+    return pl.pallas_call(
+        kernel,
+        grid=(count, both // 2 // COLUMNS, pl.cdiv(tokens, rows)),
+        out_shape=jax.ShapeDtypeStruct((tokens, count, both // 2), x.dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        interpret=interpret,
+        name="experts_hidden",
+    )(*inputs.values())
+
+
+def _hidden(h: Any, *, x: Any, gates: Any, w_in: Any, in_scale: Any = None, out_scale: Any = None, rows: int) -> None:
+    """COLUMNS of one expert's hidden rows."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as plgpu
+
+    e, n, t = (pl.program_id(axis) for axis in range(3))
+    inner = h.shape[2]
+    mine, columns, others = pl.ds(t * rows, rows), pl.ds(n * COLUMNS, COLUMNS), pl.ds(inner + n * COLUMNS, COLUMNS)
+    there = t * rows + jnp.arange(rows) < x.shape[0]
+
+    def turn(k: jax.Array, sums: tuple) -> tuple:
+        deep = pl.ds(k * DEEP, DEEP)
+        tile = plgpu.load(x.at[mine, deep], mask=there[:, None], other=0)
+        return sums[0] + _product(tile, w_in[e, deep, columns]), sums[1] + _product(tile, w_in[e, deep, others])
+
+    zero = jnp.zeros((rows, COLUMNS), jnp.float32)
+    gate, up = jax.lax.fori_loop(0, x.shape[1] // DEEP, turn, (zero, zero))
+    weight = plgpu.load(gates.at[mine, e], mask=there, other=0)[:, None]
+    if in_scale is not None:
+        gate = gate * in_scale[e, 0, columns][None, :]
+        up = up * (in_scale[e, 0, others] * out_scale[e, columns, 0])[None, :]
+    plgpu.store(h.at[mine, e, columns], (jax.nn.silu(gate) * up * weight).astype(h.dtype), mask=there[:, None])
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from djax.models import expert_kernel, expert_tiles
 from djax.models.layers import gated, replicated, split
-from djax.models.quantized import Weights, at, product
+from djax.models.quantized import Weights, at, product, values
 
 # Tokens up to which an accelerator computes all experts on all of them.
 DENSE = 256
@@ -93,22 +93,25 @@ def experts(x: jax.Array, routing: Routing, w_in: Weights, w_out: Weights, valid
     finite value and, where the back end can, cost nothing. The back end is chosen when the program is lowered, by `form`.
     Under a mesh the experts are split over its model axis, and their sum is what the caller constrains to replicated.
     """
-    back_ends = {"dense": dense, "tiles": grouped, "kernel": partial(grouped, chosen=expert_kernel.chosen)}
+    back_ends = {"dense": dense, "tiles": grouped}
+    back_ends |= {"dense kernel": dense_kernel, "kernels": partial(grouped, chosen=expert_kernel.chosen)}
     names = {platform: form(platform, len(x), w_in.shape) for platform in ("cpu", "cuda", "default")}
     return jax.lax.platform_dependent(x, routing, w_in, w_out, valid, **{p: back_ends[name] for p, name in names.items()})
 
 
 def form(platform: str, tokens: int, w_in: tuple[int, int, int]) -> str:
-    """Which back end runs: 'tiles', 'dense' or 'kernel'.
+    """Which back end runs: 'tiles', 'dense', 'dense kernel' or 'kernels'.
 
     On a CPU only the chosen experts are worth computing (measured: `djax bench speed --parts experts`). An accelerator reads
     every expert's weights for the tokens of a window step anyway, and up to about 300 tokens (its FLOPs a second over its
-    bytes a second) that takes longer than the products of all experts with all tokens; beyond, on CUDA, the kernel computes
+    bytes a second) that takes longer than the products of all experts with all tokens; beyond, on CUDA, two kernels compute
     the chosen ones alone. w_in: the shape of the experts' first weights, `[E, D, 2F]`.
     """
     if platform == "cpu":
         return "tiles"
-    return "kernel" if platform == "cuda" and tokens > DENSE and expert_kernel.suits(w_in) else "dense"
+    if platform != "cuda" or not expert_kernel.suits(w_in):
+        return "dense"
+    return "kernels" if tokens > DENSE else "dense kernel"
 
 
 def described(platform: str, w_in: tuple[int, int, int]) -> str:
@@ -116,7 +119,7 @@ def described(platform: str, w_in: tuple[int, int, int]) -> str:
     forms = {
         "tiles": "the chosen ones, in tiles",
         "dense": "all of them on every token",
-        "kernel": f"Pallas kernels of the chosen ones for over {DENSE} tokens at once, else all of them on every token",
+        "kernels": f"Pallas kernels: of the chosen ones for over {DENSE} tokens at once, else of all of them on every token",
     }
     return forms[form("cuda" if platform == "gpu" else platform, DENSE + 1, w_in)]
 
@@ -149,6 +152,20 @@ def dense(x: jax.Array, routing: Routing, w_in: Weights, w_out: Weights, valid: 
         return run((x, routing.gates))
     parts = (jnp.pad(a, ((0, -tokens % chunk), (0, 0))).reshape(-1, chunk, a.shape[1]) for a in (x, routing.gates))
     return jax.lax.map(run, tuple(parts)).reshape(-1, x.shape[1])[:tokens]
+
+
+def dense_kernel(
+    x: jax.Array, routing: Routing, w_in: Weights, w_out: Weights, valid: jax.Array, interpret: bool = False
+) -> jax.Array:
+    """`dense` with the hidden rows from one Pallas kernel; under a mesh each device runs it for its own experts."""
+    del valid
+    run = partial(expert_kernel.hidden, interpret=interpret)
+    if split():
+        specs = (P(), P(None, "model"), P("model"), P("model"))
+        run = jax.shard_map(run, in_specs=specs, out_specs=P(None, "model"), axis_names={"model"}, check_vma=False)
+    h = run(x, routing.gates, w_in, w_out)
+    # By token in memory: what is summed over, experts and features, lies together.
+    return jnp.einsum("tef,efd->td", h, values(w_out).astype(x.dtype))
 
 
 def grouped(
