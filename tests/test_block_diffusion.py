@@ -58,15 +58,6 @@ def test_the_traces_are_there():
     assert len(CLEAN[FAMILY]["tokens_only"]) == 10 and len(list(rows())) == 36
 
 
-def test_logits_with_and_without_the_mask(llada2):
-    data = np.load(GOLDENS / "other_forward.npz")
-    tokens, block = data["llada2/masked/tokens"], int(data["llada2/masked/block_length"])
-    np.testing.assert_allclose(djax.logits(llada2, tokens), data["llada2/full/logits"], atol=3e-4)
-    masked = djax.logits(llada2, tokens, block_length=block)
-    np.testing.assert_allclose(masked, data["llada2/masked/logits"], atol=3e-4)
-    np.testing.assert_allclose(masked[:, 32:], data["llada2/step/logits"], atol=3e-4)
-
-
 DECODERS = (
     djax.Threshold(0.4),
     djax.Fixed(2, order="random"),
