@@ -95,6 +95,18 @@ def test_the_cache_is_exact_and_rows_get_what_they_get_alone(model, decoder, smo
         assert facts(djax.generate(model, prompts[row], cache=djax.Block(), **own, **options)) == facts(out)
 
 
+def test_rows_without_a_cache_in_any_order(model):
+    rng = np.random.default_rng(1)
+    asked = [(rng.integers(0, LLADA2.eos_id, n).tolist(), length) for n, length in ((3, 30), (24, 9), (17, 21))]
+    options = dict(block_length=8, decoder=djax.Credit(djax.Hierarchy(0.6, 0.2)), cache=None)
+    alone = [facts(djax.generate(model, prompt, gen_length=length, **options)) for prompt, length in asked]
+    assert len({forwards for _, forwards, *_ in alone}) > 1
+    for order in ([0, 1, 2], [2, 0, 1]):
+        prompts, lengths = zip(*(asked[n] for n in order), strict=True)
+        together = djax.generate(model, list(prompts), gen_length=list(lengths), **options)
+        assert [facts(out) for out in together] == [alone[n] for n in order]
+
+
 def test_the_plain_loop(llada2):
     """Full forwards under the mask up to the block's end, on the host, decoded by the same step."""
     prompt, block, rule = [5, 9, 300, 12, 7], 8, djax.Threshold(0.3)
