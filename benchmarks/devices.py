@@ -20,7 +20,7 @@ from djax.benchmarks.circumstances import circumstances
 from djax.benchmarks.report import put, write_lines
 from djax.checkpoint import abstract
 from djax.generate import ask, compiled
-from djax.models import llada_moe
+from djax.models import FAMILIES, llada_moe
 
 # What eight devices can divide, and little else: each combination is a program to compile for each mesh.
 CONFIG = llada_moe.Config(
@@ -55,10 +55,11 @@ Combination = tuple[Any, Any, Any]
 COMBINATIONS = [(d, c, s) for d in DECODERS for c in POLICIES for s in (None, djax.Smoothing())]
 
 
-def tiny(config: llada_moe.Config = CONFIG) -> djax.Model:
-    """Random weights, the head scaled up so that confidences are anywhere between 0 and 1."""
-    params = llada_moe.init(config, jax.random.key(0))
-    return djax.Model(llada_moe, config, params | {"head": 4 * params["head"]}, None, {}, {})
+def tiny(config: Any = CONFIG) -> djax.Model:
+    """Random weights, the head scaled up so that confidences are anywhere between 0 and 1. config: of any family."""
+    family = next(family for family in FAMILIES.values() if isinstance(config, family.Config))
+    params = family.init(config, jax.random.key(0))
+    return djax.Model(family, config, params | {"head": 4 * params["head"]}, None, {}, {})
 
 
 def spread(model: djax.Model, mesh: jax.sharding.Mesh) -> djax.Model:
@@ -68,16 +69,20 @@ def spread(model: djax.Model, mesh: jax.sharding.Mesh) -> djax.Model:
 
 
 def measure(
-    meshes: Sequence[dict[str, int]], combinations: Sequence[Combination], note: Callable[[str], None]
+    meshes: Sequence[dict[str, int]],
+    combinations: Sequence[Combination],
+    note: Callable[[str], None],
+    config: Any = CONFIG,
 ) -> Iterator[dict[str, Any]]:
     """Decode five prompts by every combination of decoder, cache and smoothing, on one device and on each mesh.
 
     A line a mesh: how many combinations give every row the tokens, forwards and refreshes of one device, the names of those
     that do not, the parameters' bytes a device, and the collectives of a window step.
     """
-    one = tiny()
+    one = tiny(config)
+    watched = djax.Credit(djax.Threshold(0.5)), djax.Block() if one.block_causal else djax.Vicinity(3, 5), None
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, CONFIG.eos_id, n).tolist() for n in (3, 17, 30, 9, 12)]
+    prompts = [rng.integers(0, config.eos_id, n).tolist() for n in (3, 17, 30, 9, 12)]
 
     def options(combination: Combination) -> dict[str, Any]:
         decoder, cache, smoothing = combination
@@ -99,7 +104,7 @@ def measure(
             "different": [repr(c) for c in parted],
             "bytes_per_device": many.bytes_per_device,
             "bytes": one.parameter_bytes,
-            **_exchanged(many, prompts, options((djax.Credit(djax.Threshold(0.5)), djax.Vicinity(3, 5), None))),
+            **_exchanged(many, prompts, options(watched)),
         }
         note(f"{axes}: equal in {line['equal']} of {line['combinations']} combinations")
         yield line
@@ -110,7 +115,7 @@ def _exchanged(model: djax.Model, prompts: list[list[int]], options: dict[str, A
     asked = ask(model, prompts, options, "generate")
     program = hlo.Program(compiled(model, asked, asked.asks[0])[0].as_text())
     (decode,) = program.loops(program.entry)
-    _, window = program.loops(decode)
+    *_, window = program.loops(decode)
     layers = [program.layer(c) for c in program.collectives(window)]
     return {
         "collectives_per_layer": sorted({layers.count(n) for n in range(model.config.layers)}),

@@ -1,10 +1,12 @@
 """Run by test_sharding.py in a process of its own, where XLA simulates eight devices: the same tokens on one and on all."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tiny import DENSE, LLADA2
 
 import djax
 from djax import sharding
@@ -20,13 +22,21 @@ COMBINATIONS = [
     (djax.Fixed(2), None, None),
 ]
 MESHES = [dict(model=8), dict(model=2, data=4)]
+CREDIT = djax.Credit(djax.Threshold(0.5))
+RUNS = [
+    (devices.CONFIG, MESHES, COMBINATIONS),
+    # The other families, in sizes that eight devices divide.
+    (replace(DENSE, heads=8, groups=8), MESHES[:1], [(CREDIT, djax.Vicinity(3, 5), None)]),
+    (replace(LLADA2, heads=16, groups=8, experts=16), MESHES, [(CREDIT, djax.Block(), None)]),
+]
 
 
 def same_tokens() -> None:
-    for line in devices.measure(MESHES, COMBINATIONS, note=print):
-        assert line["different"] == [], line
-        assert line["collectives_per_layer"] == [2]
-        assert line["bytes_per_device"] < line["bytes"]
+    for config, meshes, combinations in RUNS:
+        for line in devices.measure(meshes, combinations, note=print, config=config):
+            assert line["different"] == [], line
+            assert line["collectives_per_layer"] == [2], line
+            assert line["bytes_per_device"] < line["bytes"]
 
 
 def same_logits() -> None:

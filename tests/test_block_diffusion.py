@@ -58,15 +58,6 @@ def test_the_traces_are_there():
     assert len(CLEAN[FAMILY]["tokens_only"]) == 10 and len(list(rows())) == 36
 
 
-def test_logits_with_and_without_the_mask(llada2):
-    data = np.load(GOLDENS / "other_forward.npz")
-    tokens, block = data["llada2/masked/tokens"], int(data["llada2/masked/block_length"])
-    np.testing.assert_allclose(djax.logits(llada2, tokens), data["llada2/full/logits"], atol=3e-4)
-    masked = djax.logits(llada2, tokens, block_length=block)
-    np.testing.assert_allclose(masked, data["llada2/masked/logits"], atol=3e-4)
-    np.testing.assert_allclose(masked[:, 32:], data["llada2/step/logits"], atol=3e-4)
-
-
 DECODERS = (
     djax.Threshold(0.4),
     djax.Fixed(2, order="random"),
@@ -102,6 +93,18 @@ def test_the_cache_is_exact_and_rows_get_what_they_get_alone(model, decoder, smo
     for row, out in enumerate(cached):
         own = dict(gen_length=lengths[row], seed=seeds[row])
         assert facts(djax.generate(model, prompts[row], cache=djax.Block(), **own, **options)) == facts(out)
+
+
+def test_rows_without_a_cache_in_any_order(model):
+    rng = np.random.default_rng(1)
+    asked = [(rng.integers(0, LLADA2.eos_id, n).tolist(), length) for n, length in ((3, 30), (24, 9), (17, 21))]
+    options = dict(block_length=8, decoder=djax.Credit(djax.Hierarchy(0.6, 0.2)), cache=None)
+    alone = [facts(djax.generate(model, prompt, gen_length=length, **options)) for prompt, length in asked]
+    assert len({forwards for _, forwards, *_ in alone}) > 1
+    for order in ([0, 1, 2], [2, 0, 1]):
+        prompts, lengths = zip(*(asked[n] for n in order), strict=True)
+        together = djax.generate(model, list(prompts), gen_length=list(lengths), **options)
+        assert [facts(out) for out in together] == [alone[n] for n in order]
 
 
 def test_the_plain_loop(llada2):
