@@ -216,7 +216,7 @@ def known_not_finite(not_finite: str) -> str:
 def _as_it_came(model: Model) -> None:
     if model.quantized:
         raise OptionError(
-            f"model: expected one that was not quantised, this one holds {model.quantized}; to write it, load it without quantize="
+            f"model: expected one that was not quantised, got one that holds {model.quantized}; load it without quantize= first"
         )
 
 

@@ -18,16 +18,16 @@ SHALLOW = compiling.LLADA_MOE_7B | {"num_hidden_layers": 2}
 SCRIPT = """
 import json, sys
 from djax.benchmarks.compile import measure
-hf, devices, smoothing = json.loads(sys.argv[1])
-print(json.dumps(measure("h100", devices, smoothing=smoothing, hf=hf)))
+hf, devices, variant = json.loads(sys.argv[1])
+print(json.dumps(measure("h100", devices, hf=hf, **variant)))
 """
 
 
 @pytest.mark.skipif(COMPILER is None, reason="XLA's GPU compiler: DJAX_GPU_COMPILER names no directory that has it (.ci/run)")
-@pytest.mark.parametrize(("devices", "smoothing"), [(8, True), (1, False)])
-def test_the_program_for_h100s(devices, smoothing):
+@pytest.mark.parametrize(("devices", "variant"), [(8, {"smoothing": True}), (1, {"quantize": "int8"})])
+def test_the_program_for_h100s(devices, variant):
     environment = os.environ | {"PYTHONPATH": COMPILER, "JAX_PLATFORMS": "cpu"}
-    arguments = [sys.executable, "-c", SCRIPT, json.dumps([SHALLOW, devices, smoothing])]
+    arguments = [sys.executable, "-c", SCRIPT, json.dumps([SHALLOW, devices, variant])]
     done = subprocess.run(arguments, capture_output=True, text=True, cwd="/", env=environment)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
@@ -36,8 +36,11 @@ def test_the_program_for_h100s(devices, smoothing):
     assert len(facts["collectives_besides"]) <= (8 if devices == 8 else 0)
     # No keys or values of a layer and no expert's weights: the largest copy is of a canvas of tokens.
     assert facts["largest_copy_in_step"] <= 4 * 1280
-    assert facts["bytes_per_step"] > facts["least_bytes"]
+    assert facts["bytes_per_step"] > facts["unsplit_bytes_per_step"] > facts["least_bytes"]
     assert max(facts["kernels_per_layer"][1:]) <= 14
+    if variant.get("quantize"):
+        # int8 is widened where it is read: no layer's weights are written anywhere in two bytes.
+        assert facts["bytes_over_least"] < 1.5
     # A refresh's experts are the two kernels, after attention's: no product of all experts with all of the canvas.
     calls = [k for k in facts["kernels_of_a_refreshed_layer"] if "pallas_call" in k]
     assert len(calls) == 3 and not any("64,1280" in k for k in facts["kernels_of_a_refreshed_layer"]), calls
