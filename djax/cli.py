@@ -106,6 +106,8 @@ class Generate:
     """A checkpoint directory, HF's or one that `djax convert` wrote."""
     dtype: str | None = None
     """float32 or bfloat16 for the parameters; by default the checkpoint's own."""
+    quantize: str | None = None
+    """int8 halves the bytes of attention and experts; answers may differ."""
     devices: int = 1
     """Split the model over this many devices."""
     decoding: DecodingOptions = dataclasses.field(default_factory=start)
@@ -134,7 +136,7 @@ class Generate:
             if not self.compile_cache:
                 djax.compile_cache(None)
             mesh = None if self.devices == 1 else djax.mesh(model=self.devices)
-            model = djax.load(self.model, dtype=self.dtype, mesh=mesh)
+            model = djax.load(self.model, dtype=self.dtype, mesh=mesh, quantize=self.quantize)
         with working(console, "compiling and decoding"):
             answers = djax.generate(model, prompts, max_batch=self.max_batch, trace=drawn, **options)
         answers = answers if isinstance(answers, list) else [answers]
@@ -223,6 +225,8 @@ class CompileAhead:
     """A checkpoint directory; without it, the small model that ships with djax."""
     dtype: str | None = None
     """float32 or bfloat16 for the parameters; by default the checkpoint's own."""
+    quantize: str | None = None
+    """int8 halves the bytes of attention and experts; answers may differ."""
     export: Annotated[Path | None, arg(metavar="DIR")] = None
     """Instead write the one program, its parameters and a manifest into this new directory; jax alone runs it."""
     platform: str | None = None
@@ -244,7 +248,7 @@ class CompileAhead:
             enable_cache()
             if self.export is None and not jax.config.jax_compilation_cache_dir:
                 raise OptionError("djax compile: the compile cache is off, nothing would be kept; unset DJAX_COMPILE_CACHE")
-            model = djax.load(self.model, dtype=self.dtype)
+            model = djax.load(self.model, dtype=self.dtype, quantize=self.quantize)
         if self.export is not None:
             shape = dict(prompt_length=self.prompt_length[0], rows=self.rows[0])
             djax.export_program(model, self.export, platform=self.platform, **shape, **options)
@@ -351,6 +355,10 @@ class Evaluate:
 
     model: Checkpoint = None
     """A checkpoint directory; without it, the small model that ships with djax."""
+    dtype: str | None = None
+    """float32 or bfloat16 for the parameters; by default the checkpoint's own."""
+    quantize: str | None = None
+    """int8 halves the bytes of attention and experts; answers may differ."""
     problems: int = 500
     """How many problems; the same ones for the same number and seed."""
     problem_seed: int = 0
@@ -370,7 +378,7 @@ class Evaluate:
         options = self.decoding.options()
         whole_number(self.batch, "--batch", at_least=1)
         problems = held_out(whole_number(self.problems, "--problems", at_least=1), self.problem_seed)
-        model = djax.load(self.model)
+        model = djax.load(self.model, dtype=self.dtype, quantize=self.quantize)
         with Progress(console=console, transient=True) as bar:
             task = bar.add_task("answering", total=len(problems))
             report = evaluate(
