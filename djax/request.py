@@ -105,8 +105,9 @@ def prepare(
 def _plugs(model: Model, decoder: Any, cache: Any, smoothing: Any) -> Plugs:
     """The three plugs as the program takes them, or `OptionError`: not a plug, or one that the model's family lacks."""
     plug(decoder, "decoder", ("init", "step"), spelled(DECODERS))
-    if edits(decoder) and not (callable(getattr(decoder, "edit", None)) and isinstance(decoder.post_steps, int)):
-        raise OptionError(f"decoder: expected a method edit and an int post_steps beside edits = True, got {decoder!r}")
+    if edits(decoder):
+        plug(decoder, "decoder", ("edit",), "the decoders with a method edit, since it has edits = True")
+        whole_number(getattr(decoder, "post_steps", None), f"decoder: {type(decoder).__name__}.post_steps", at_least=0)
     policy = Uncached() if cache is None else cache
     plug(policy, "cache", ("reach", "plan"), spelled(CACHES))
     if smoothing is not None:

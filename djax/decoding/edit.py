@@ -20,8 +20,10 @@ class Edit:
 
     p is the probability under the forward's own logits, without noise and without inner's credit. A block without masks
     takes further forwards until one changes nothing, `post_steps` at most (static, up to 1024: it sets the trace's
-    length). With a tau of 1 or more nothing is ever replaced: the tokens are inner's, and the last look costs one forward
-    a block, none with post_steps 0. tau above 0.
+    length). tau above 0.
+
+    Law: with a tau of 1 or more and no post-steps this is `inner`, forward for forward. With post-steps a last look costs
+    one forward a block, and the tokens are inner's where nothing counts forwards: no smoothing, no warm-up, no `every`.
     """
 
     inner: Decoder = dataclasses.field(default_factory=lambda: Threshold(0.95))
