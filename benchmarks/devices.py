@@ -49,6 +49,7 @@ DECODERS = (
     djax.Hierarchy(0.6, 0.2),
     djax.Factor(2.0),
     djax.Entropy(1.0),
+    djax.Edit(djax.Threshold(0.5), tau=0.4),
 )
 POLICIES = (None, djax.Prefix(), djax.Dual(every=3), djax.Vicinity(3, 5, warmup=2))
 Combination = tuple[Any, Any, Any]

@@ -4,7 +4,7 @@ from djax.ahead import compile, export_program
 from djax.caching import Block, Dual, Prefix, Vicinity
 from djax.checkpoint import export_hf, load, save
 from djax.compilation import compile_cache
-from djax.decoding import Credit, Entropy, Factor, Fixed, Hierarchy, Threshold
+from djax.decoding import Credit, Edit, Entropy, Factor, Fixed, Hierarchy, Threshold
 from djax.errors import (
     BatchError,
     CanvasError,
@@ -33,6 +33,7 @@ __all__ = [
     "Credit",
     "DjaxError",
     "Dual",
+    "Edit",
     "Entropy",
     "Factor",
     "Fixed",

@@ -29,12 +29,12 @@ def number(
         object.__setattr__(plug, field, real_number(value, name, above=above, at_least=at_least, at_most=at_most))
 
 
-def integer(plug: Any, field: str, *, at_least: int, optional: bool = False) -> None:
+def integer(plug: Any, field: str, *, at_least: int, at_most: int = INT32_MAX, optional: bool = False) -> None:
     """Check an integer field of a plug in its `__post_init__`, and store it as an int; None passes where it is optional."""
     value = getattr(plug, field)
     if not _inside_jax(value) and not (optional and value is None):
         name = f"{type(plug).__name__}({field}=...)"
-        object.__setattr__(plug, field, whole_number(value, name, at_least=at_least))
+        object.__setattr__(plug, field, whole_number(value, name, at_least=at_least, at_most=at_most))
 
 
 def flag(plug: Any, field: str) -> None:

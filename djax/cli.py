@@ -36,7 +36,7 @@ class Decoding:
     """Which tokens a forward accepts: 'Threshold(tau)' takes all whose confidence reaches tau (above 1: one token a
     forward), 'Fixed(per_step)' the surest few, 'Fixed(steps=8)' a block in so many forwards, 'Hierarchy(high, low)' the
     surest of each stretch of masks, 'Factor(f)' as many as are jointly sure, 'Entropy(theta)' the sharpest;
-    'Credit(Threshold(0.8))' trusts tokens proposed before."""
+    'Credit(Threshold(0.8))' trusts tokens proposed before, 'Edit(Threshold(0.95), tau=0.9)' also replaces accepted ones."""
     cache: str = "none"
     """What a forward runs: 'none' (the whole canvas), 'Prefix(every=None)' (from the block on), 'Dual(every=None)' (the
     block), 'Vicinity(before=16, after=16, warmup=4, every=None)' (the block and its neighbours); for LLaDA2 'Block()'."""

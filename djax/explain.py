@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from djax.decoding.contract import Tick, draws
+from djax.decoding.contract import Tick, draws, edits, post_steps
 from djax.generate import ask
 from djax.model import Model
 from djax.program import Request, reach
@@ -41,7 +41,8 @@ class Explanation:
     """The decode of one prompt. facts: name and value, in the order they are printed. str() is the printed page.
 
     Law: with `early_stop=False` the program runs exactly a block's `slowest` forwards where each accepts one token, and its
-    `fastest` where each accepts everything.
+    `fastest` where each accepts everything. A decoder that edits replaces a token at every post-step of the slowest, and at
+    none of the fastest, whose last forward only finds that nothing changes.
     """
 
     facts: dict[str, str]
@@ -89,7 +90,9 @@ def _facts(model: Model, asked: Asked, ask: Request, b: int) -> dict[str, str]:
         "legal": f"cache: {has[hasattr(model.family, 'empty_cache')]}; smoothing: "
         f"{has[hasattr(model.family, 'expected_embedding')]}; gen_length: up to {model.config.max_positions - prompt} after "
         f"this prompt; before and after of a cache's window: up to {total}",
-        "decoder": repr(decoder) + (" (draws from the seed)" if draws(decoder) else ""),
+        "decoder": repr(decoder)
+        + (" (draws from the seed)" if draws(decoder) else "")
+        + (f" (edits: up to {post_steps(decoder)} more forwards a block)" if edits(decoder) else ""),
         "cache": f"{policy}, windows of {window}" if policy.keeps else "None",
         "smoothing": repr(smoothing),
         "canvas": f"{prompt} of the prompt + {total - prompt} = {total} positions, in a program for {rows} rows of {length}",
@@ -127,7 +130,8 @@ def _blocks(model: Model, asked: Asked, ask: Request, b: int) -> tuple[Block, ..
 
 def _schedule(model: Model, asked: Asked, ask: Request, b: int, pace: int) -> list[list[Forward]]:
     """The forwards of each block if each accepts `pace` tokens: the turns of the program, for one row, without a model."""
-    _, policy, smoothing = asked.plugs
+    decoder, policy, smoothing = asked.plugs
+    most = post_steps(decoder) if pace == 1 else min(1, post_steps(decoder))
     prompt, total, start, block = int(ask.prompt[b]), int(ask.total[b]), int(ask.start[b]), asked.block(ask)
     before, after = reach(policy, ask.tokens.shape[1])
     turns = forwards = index = 0
@@ -135,8 +139,8 @@ def _schedule(model: Model, asked: Asked, ask: Request, b: int, pace: int) -> li
     out = []
     for index, s in enumerate(range(start, total, block)):
         end = min(s + block, total)
-        masks, mine = end - max(s, prompt), []
-        while masks > 0:
+        masks, post, mine = end - max(s, prompt), 0, []
+        while masks > 0 or post < most:
             plan = policy.plan(_tick(turns if smoothing is None else forwards, forwards, index, len(mine)), jnp.array([cached]))
             full, refresh, window, append = (x is not None and bool(x[0]) for x in plan)
             if full:
@@ -146,7 +150,8 @@ def _schedule(model: Model, asked: Asked, ask: Request, b: int, pace: int) -> li
             if window:
                 mine.append(Forward(False, False, min(s + block + after, total) - max(s - before, 0)))
             cached = index if refresh or append else cached
-            masks -= pace * (full + window + append)
+            for _ in range(full + window + append):
+                masks, post = masks - pace, post + (masks <= 0)
             forwards, turns = forwards + full + window + append, turns + 1
         out.append(mine)
     return out

@@ -86,7 +86,8 @@ def generate(
                   first EOS.
     min_gen_length: no answer is shorter: EOS is not proposed before. One number or one a prompt.
     block_length: blocks are filled one after another, each of this many positions.
-    decoder:      which tokens a forward accepts: `djax.Threshold`, `Fixed`, `Credit`, `Hierarchy`, `Factor`, `Entropy`.
+    decoder:      which tokens a forward accepts: `djax.Threshold`, `Fixed`, `Credit`, `Hierarchy`, `Factor`, `Entropy`;
+                  `Edit` also replaces them.
     cache:        what a forward runs: None (the whole canvas), `djax.Prefix`, `Dual` or `Vicinity`; `Block` for LLaDA2.
     smoothing:    None, or `djax.Smoothing`: feed masked positions what the last forward expected there.
     temperature:  0 takes the most likely token; above, Gumbel noise from the seed is added to choose it.

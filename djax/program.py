@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from djax.caching.contract import Policy, appends
-from djax.decoding.contract import Decoder, Tick, probability
+from djax.decoding.contract import Decoder, Tick, edits, post_steps, probability
 from djax.models.layers import Cache
 from djax.smoothing import Smoothing
 from djax.trace import Record
@@ -42,6 +42,17 @@ class Request(NamedTuple):
     cap: jax.Array
 
 
+class Editing(NamedTuple):
+    """Where a row's block stands with a decoder that edits.
+
+    post    int32 `[B]`, forwards that began with no mask in the current block.
+    changed bool `[B]`, whether the row's last forward wrote a token.
+    """
+
+    post: jax.Array
+    changed: jax.Array
+
+
 class Rows(NamedTuple):
     """The part of the carry that has one entry a row.
 
@@ -58,6 +69,7 @@ class Rows(NamedTuple):
     decoder      the decoder's state, any pytree with leading axis B.
     soft         `[B, L, D]`, the embeddings the next forward reads; () without smoothing, when the tokens' own are read.
     trace        the record so far (`trace.Record`); () unless asked for.
+    editing      see `Editing`; () for decoders that do not edit.
     """
 
     tokens: jax.Array
@@ -73,6 +85,7 @@ class Rows(NamedTuple):
     decoder: Any
     soft: Any
     trace: Any
+    editing: Any
 
 
 class Carry(NamedTuple):
@@ -114,10 +127,18 @@ def _decode_block(
     block = logits.shape[1]
     at = rows.start[:, None] + jnp.arange(block)[None, :]
     here = (at < ask.total[:, None]) & running[:, None]
-    masked = (_take(rows.tokens, at) == tick.mask_id) & here
+    before = _take(rows.tokens, at)
+    masked = (before == tick.mask_id) & here
     # The key depends on the row's own seed and counter, not on its place in the batch.
     key = jax.vmap(lambda s, f: jax.random.fold_in(jax.random.key(s), f))(ask.seed, rows.forwards) if sampled else None
     state, tokens, accept = decoder.step(rows.decoder, logits, masked, tick, key)
+    editing = rows.editing
+    if editing:
+        editable = here & ~masked & (at >= ask.prompt[:, None]) & (editing.post < post_steps(decoder))[:, None]
+        edited, replace = decoder.edit(logits, before, editable, tick)
+        tokens, accept = jnp.where(editable, edited, tokens), accept | replace
+        post = editing.post + (running & ~jnp.any(masked, axis=1))
+        editing = Editing(post, jnp.where(running, jnp.any(accept, axis=1), editing.changed))
     offset = jnp.arange(rows.tokens.shape[1])[None, :] - rows.start[:, None]
     write = _take(accept, offset) & _in_block(rows, ask.total, block) & running[:, None]
     one = running.astype(jnp.int32)
@@ -133,13 +154,21 @@ def _decode_block(
         call=rows.call + one,
         decoder=keep(state, rows.decoder),
         trace=trace,
+        editing=editing,
     )
 
 
-def _finish_blocks(rows: Rows, ask: Request, block: int, mask_id: int, eos_id: int) -> Rows:
-    """Move rows whose block has no mask left to the next block, or end them: at EOS (early stop) or at the canvas' end."""
+def _finish_blocks(rows: Rows, ask: Request, block: int, mask_id: int, eos_id: int, post: int) -> Rows:
+    """Move rows whose block has no mask left to the next block, or end them: at EOS (early stop) or at the canvas' end.
+
+    post: the most forwards that a decoder that edits may spend on a block without masks.
+    """
     inside = _in_block(rows, ask.total, block)
     finished = rows.active & ~jnp.any(inside & (rows.tokens == mask_id), axis=1)
+    editing = rows.editing
+    if editing:
+        finished &= ~editing.changed | (editing.post >= post)
+        editing = editing._replace(post=jnp.where(finished, 0, editing.post))
     at = jnp.arange(rows.tokens.shape[1])[None, :]
     generated = inside & (at >= ask.prompt[:, None])
     stop = finished & ask.early_stop & jnp.any(generated & (rows.tokens == eos_id), axis=1)
@@ -152,6 +181,7 @@ def _finish_blocks(rows: Rows, ask: Request, block: int, mask_id: int, eos_id: i
         block=rows.block + finished,
         iteration=rows.iteration + rows.active,
         call=jnp.where(finished, 0, rows.call),
+        editing=editing,
     )
 
 
@@ -295,7 +325,7 @@ def decode(
                 lambda c: (window(c[0], carry.cache, c[1]), jnp.zeros_like(c[1])),
                 (rows, plan.window & rows.active),
             )
-        rows = _finish_blocks(rows, ask, block, config.mask_id, config.eos_id)
+        rows = _finish_blocks(rows, ask, block, config.mask_id, config.eos_id, post_steps(decoder))
         return carry._replace(rows=rows, trips=carry.trips + 1)
 
     zero = jnp.zeros(batch, jnp.int32)
@@ -311,12 +341,13 @@ def decode(
         call=zero,
         cached_block=zero - 1,
         decoder=decoder.init(batch, block, config.vocab),
-        trace=Record.start(batch, length, block) if traced else (),
+        trace=Record.start(batch, length, block, post_steps(decoder)) if traced else (),
         soft=() if smoothing is None else family.embed(params, config, ask.tokens),
+        editing=Editing(zero, jnp.zeros(batch, bool)) if edits(decoder) else (),
     )
     cache = family.empty_cache(params, config, batch, length) if policy.keeps else ()
     last = jax.lax.while_loop(lambda c: jnp.any(c.rows.active) & (c.trips < ask.cap), turn, Carry(rows, cache, jnp.int32(0)))
-    return last.rows._replace(decoder=(), soft=())
+    return last.rows._replace(decoder=(), soft=(), editing=())
 
 
 def _per_row(ask: Request, f: Any) -> Request:

@@ -13,7 +13,7 @@ from djax.caching import CACHES, Uncached
 from djax.caching.contract import TO_THE_END, Policy, appends
 from djax.checks import boolean, plug, real_number, whole_number
 from djax.decoding import DECODERS
-from djax.decoding.contract import Decoder, draws
+from djax.decoding.contract import Decoder, draws, edits, post_steps
 from djax.errors import BatchError, CanvasError, OptionError
 from djax.model import Model
 from djax.plugs import spelled
@@ -92,6 +92,7 @@ def prepare(
             temperature=temperature,
             early_stop=early_stop,
             align_blocks=align_blocks,
+            post=post_steps(plugs[0]),
         )
         for i in range(0, count, group)
     ]
@@ -104,6 +105,9 @@ def prepare(
 def _plugs(model: Model, decoder: Any, cache: Any, smoothing: Any) -> Plugs:
     """The three plugs as the program takes them, or `OptionError`: not a plug, or one that the model's family lacks."""
     plug(decoder, "decoder", ("init", "step"), spelled(DECODERS))
+    if edits(decoder):
+        plug(decoder, "decoder", ("edit",), "the decoders with a method edit, since it has edits = True")
+        whole_number(getattr(decoder, "post_steps", None), f"decoder: {type(decoder).__name__}.post_steps", at_least=0)
     policy = Uncached() if cache is None else cache
     plug(policy, "cache", ("reach", "plan"), spelled(CACHES))
     if smoothing is not None:
@@ -167,8 +171,12 @@ def request(
     temperature: float = 0.0,
     early_stop: bool = True,
     align_blocks: bool = True,
+    post: int = 0,
 ) -> Request:
-    """Lay the prompts out as canvases. Rows beyond the prompts have an empty canvas and never start."""
+    """Lay the prompts out as canvases. Rows beyond the prompts have an empty canvas and never start.
+
+    post: the turns that a block may take without a mask, where the decoder edits.
+    """
     empty = [0] * (rows - len(ids))
     prompt = np.array([*map(len, ids), *empty], np.int32)
     total = prompt + np.array([*gen_length, *empty], np.int32)
@@ -176,17 +184,18 @@ def request(
     for b, p in enumerate(ids):
         tokens[b, : len(p)] = p
         tokens[b, len(p) : total[b]] = config.mask_id
+    start = prompt // block * block if align_blocks else prompt
     return Request(
         tokens=tokens,
         prompt=prompt,
         total=total,
         least=prompt + np.array([*min_gen_length, *empty], np.int32),
-        start=prompt // block * block if align_blocks else prompt,
+        start=start,
         seed=np.array([*seeds, *empty], np.uint32),
         temperature=np.float32(temperature),
         early_stop=np.bool_(early_stop),
-        # Every turn of an unfinished row accepts a token, so no row takes more turns than it has masks.
-        cap=np.int32((total - prompt).max()),
+        # Every turn of an unfinished row accepts a token, or is one of its block's post-steps.
+        cap=np.int32((total - prompt + -(-(total - start) // block) * post).max()),
     )
 
 

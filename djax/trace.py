@@ -12,8 +12,8 @@ import numpy as np
 class Trace:
     """The record of one row. L is its canvas, prompt included, F its forwards, S the block length.
 
-    accepted_at: int32 `[L]`, the forward (from 0) that accepted the position's token; -1 for the prompt and for what an
-                 early stop filled with EOS.
+    accepted_at: int32 `[L]`, the forward (from 0) that accepted the position's token: the last one that wrote there, if the
+                 decoder edits; -1 for the prompt and for what an early stop filled with EOS.
     confidence:  float32 `[L]`, the token's probability under that forward's logits, before any credit; 0 where none.
     proposals:   int32 `[F, S]`, the token each position of the block proposed at each forward, accepted or not.
     starts:      int32 `[F]`, where the block of each forward starts; positions from the canvas' end on mean nothing.
@@ -27,7 +27,10 @@ class Trace:
     whole: np.ndarray
 
     def canvas(self, canvas: np.ndarray, prompt: int, forward: int, mask_id: int) -> np.ndarray:
-        """The canvas `[L]` right after a forward, from the finished one and the length of the prompt."""
+        """The canvas `[L]` right after a forward, from the finished one and the length of the prompt.
+
+        A position that was edited shows the mask up to the forward that wrote what the finished canvas has there.
+        """
         shown = (self.accepted_at >= 0) & (self.accepted_at <= forward)
         shown[:prompt] = True
         return np.where(shown, canvas, mask_id)
@@ -43,9 +46,9 @@ class Record(NamedTuple):
     whole: jax.Array
 
     @classmethod
-    def start(cls, batch: int, length: int, block: int) -> "Record":
-        # A turn accepts a token and runs two forwards at most, so no row runs more than two forwards a position.
-        most = 2 * length
+    def start(cls, batch: int, length: int, block: int, post_steps: int) -> "Record":
+        # A turn runs two forwards at most, and accepts a token or is one of a block's post-steps.
+        most = 2 * (length + -(-length // block) * post_steps)
         return cls(
             jnp.full((batch, length), -1, jnp.int32),
             jnp.zeros((batch, length), jnp.float32),

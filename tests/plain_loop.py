@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from djax.decoding.contract import Tick
+from djax.decoding.contract import Tick, edits, post_steps
 from djax.models.layers import Cache
 
 
@@ -30,6 +30,11 @@ def step(decoder, state, logits, masked, tick, key):
     return decoder.step(state, logits, masked, tick, key)
 
 
+@jax.jit
+def edit(decoder, logits, tokens, editable, tick):
+    return decoder.edit(logits, tokens, editable, tick)
+
+
 def decode(
     model, prompt, *, gen_length, min_gen_length, block_length, decoder, policy, smoothing, early_stop, align_blocks, seed
 ):
@@ -43,6 +48,8 @@ def decode(
     out = SimpleNamespace(canvas=canvas, forwards=0, refreshes=0, positions=0)
     cache, cached_block, turns = None, -1, 0
     state = decoder.init(1, block_length, c.vocab)
+    # Forwards of the block that began without a mask, and whether the last one wrote anything.
+    post, changed = 0, True
 
     def tick(block, call):
         least = -np.inf if smoothing is None else float(smoothing.least(jnp.array([out.forwards]))[0])
@@ -52,7 +59,7 @@ def decode(
 
     def forward(left, right, width, begin, end, block, call):
         """Run [left, right) in a window of `width`, decode [begin, end), return the window's keys and values."""
-        nonlocal state
+        nonlocal state, post, changed
         n = right - left
         at = np.zeros((1, width), np.int32)
         valid = np.zeros((1, width), bool)
@@ -74,8 +81,17 @@ def decode(
         masked[0, : end - begin] = canvas[begin:end] == c.mask_id
         key = jax.random.fold_in(jax.random.key(seed), out.forwards)[None] if getattr(decoder, "draws", False) else None
         state, tokens, accept = step(decoder, state, jnp.asarray(logits), jnp.asarray(masked), tick(block, call), key)
-        for s in np.flatnonzero(np.asarray(accept)[0]):
-            canvas[begin + s] = tokens[0, s]
+        written = {begin + int(s): int(tokens[0, s]) for s in np.flatnonzero(np.asarray(accept)[0])}
+        if edits(decoder):
+            old, editable = np.zeros((1, block_length), np.int32), np.zeros((1, block_length), bool)
+            old[0, : end - begin] = canvas[begin:end]
+            mine = slice(max(0, len(prompt) - begin), end - begin)
+            editable[0, mine] = ~masked[0, mine] & (post < post_steps(decoder))
+            tokens, replace = edit(decoder, jnp.asarray(logits), jnp.asarray(old), jnp.asarray(editable), tick(block, call))
+            written |= {begin + int(s): int(tokens[0, s]) for s in np.flatnonzero(np.asarray(replace)[0])}
+            post, changed = post + (not masked.any()), bool(written)
+        for position, token in written.items():
+            canvas[position] = token
         if smoothing is not None:
             weight = float(smoothing.weight(jnp.array([out.forwards]))[0])
             hope = np.asarray(expected(params, x, family=family, config=c, top=smoothing.top))[0]
@@ -91,7 +107,8 @@ def decode(
     first = start // block_length * block_length if align_blocks else start
     for block, begin in enumerate(range(first, total, block_length)):
         end, call = min(begin + block_length, total), 0
-        while np.any(canvas[begin:end] == c.mask_id):
+        post, changed = 0, True
+        while np.any(canvas[begin:end] == c.mask_id) or (changed and post < post_steps(decoder)):
             full, refresh, window = (bool(x[0]) for x in policy.plan(tick(block, call), jnp.array([cached_block]))[:3])
             if full:
                 kept, cache = cache, None

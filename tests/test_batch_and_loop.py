@@ -26,6 +26,7 @@ def draw_decoder(kind, rng):
         "hierarchy": lambda: djax.Hierarchy(low + rng.uniform(0.1, 0.6), low),
         "factor": lambda: djax.Factor(rng.uniform(0.1, 3)),
         "entropy": lambda: djax.Entropy(rng.uniform(0.1, 3)),
+        "edit": lambda: djax.Edit(djax.Threshold(tau), tau=rng.uniform(0.05, 0.5), post_steps=5),
     }[kind]()
 
 

@@ -65,6 +65,7 @@ DECODERS = (
     djax.Hierarchy(0.6, 0.2),
     djax.Factor(2.0),
     djax.Entropy(1.0),
+    djax.Edit(djax.Threshold(0.4), tau=0.2),
 )
 
 

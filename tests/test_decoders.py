@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from djax.caching import CACHES
-from djax.decoding import DECODERS, Credit, Entropy, Factor, Fixed, Hierarchy, Threshold
-from djax.decoding.contract import Tick, draws
+from djax.decoding import DECODERS, Credit, Edit, Entropy, Factor, Fixed, Hierarchy, Threshold
+from djax.decoding.contract import Tick, draws, edits
 from djax.pytree import classes
 from djax.smoothing import Smoothing
 
@@ -26,6 +26,7 @@ MADE = {
     "hierarchy": [Hierarchy(), Hierarchy(high=2.0, low=0.0)],
     "factor": [Factor(), Factor(5.0)],
     "entropy": [Entropy(), Entropy(0.0), Entropy(3.0)],
+    "edit": [Edit(), Edit(Credit(), tau=0.2, post_steps=0), Edit(Fixed(2, order="random"), tau=2.0)],
 }
 PLUGS = [plug for name in DECODERS for plug in MADE[name]]
 
@@ -359,7 +360,9 @@ def test_gumbel_noise_draws_from_the_tempered_softmax():
 def test_no_two_kinds_of_plug_have_one_structure():
     """jax caches programs by structure; with equal ones a program is now and then taken for another (djax.pytree)."""
     plugs = [kind() for kind in (*DECODERS.values(), *CACHES.values(), Smoothing)]
-    plugs += [Credit(kind()) for kind in DECODERS.values() if kind not in (Credit, Threshold)]  # Credit() holds a Threshold
+    for holder in (Credit, Edit):
+        inside = [kind() for kind in DECODERS.values() if kind not in (holder, Threshold)]  # holder() holds a Threshold
+        plugs += [holder(plug) for plug in inside if not edits(plug)]
     structures = [jax.tree.structure(plug) for plug in plugs]
     for (one, a), (other, b) in itertools.combinations(zip(plugs, structures, strict=True), 2):
         assert a != b, (one, other)

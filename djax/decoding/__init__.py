@@ -1,6 +1,7 @@
 """Which tokens are accepted: one file a decoder, all of them in this registry, the contract in `contract.py`."""
 
 from djax.decoding.credit import Credit
+from djax.decoding.edit import Edit
 from djax.decoding.entropy import Entropy
 from djax.decoding.factor import Factor
 from djax.decoding.fixed import Fixed
@@ -14,4 +15,5 @@ DECODERS: dict[str, type] = {
     "hierarchy": Hierarchy,
     "factor": Factor,
     "entropy": Entropy,
+    "edit": Edit,
 }

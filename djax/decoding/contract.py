@@ -10,14 +10,27 @@ with logits float32 `[B, S, V]`, masked bool `[B, S]` (what may be decided), `ti
 key a row `[B]` or None at temperature 0; tokens int32 `[B, S]` and accept bool `[B, S]`. A decoder that draws even at
 temperature 0 says so with a static attribute `draws = True`, and then always gets a key.
 
+A decoder that also replaces tokens it accepted says so with a static attribute `edits = True`. It has a static int
+`post_steps` and a third pure method, called after `step` at every forward:
+
+    edit(logits, tokens, editable, tick) -> tokens, replace
+
+with tokens int32 `[B, S]`, those of the block before this forward, and editable bool `[B, S]`: generated and not masked
+then; the returned tokens int32 `[B, S]` and replace bool `[B, S]` are what to write, and where. Its block without masks is
+finished once a forward changes nothing, or once `post_steps` forwards began without a mask; after them nothing is editable.
+
 The law of every decoder, tested from the registry: accept lies inside masked; every row with a mask accepts at least
 one token; the mask id is never accepted; rows do not look at each other; state keeps structure, shape and dtype.
+Of one that edits: replace lies inside editable, what it writes differs from what stands there and is not the mask id.
 """
 
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+
+from djax.checks import plug
+from djax.errors import OptionError
 
 
 class Tick(NamedTuple):
@@ -51,6 +64,26 @@ class Decoder(Protocol):
 def draws(decoder: Decoder) -> bool:
     """Whether the decoder needs a key at every temperature."""
     return bool(getattr(decoder, "draws", False))
+
+
+def edits(decoder: Decoder) -> bool:
+    """Whether the decoder replaces tokens that it accepted."""
+    return bool(getattr(decoder, "edits", False))
+
+
+def post_steps(decoder: Decoder) -> int:
+    """How many forwards, at most, a block takes after its last mask went: 0 for a decoder that does not edit."""
+    return decoder.post_steps if edits(decoder) else 0
+
+
+def check_inner(decoder: Any) -> None:
+    """Check, in its `__post_init__`, the decoder that a decoder holds: it must not edit, since only the outermost is asked."""
+    if type(decoder.inner) is object:  # jax rebuilds plugs with placeholders in their fields
+        return
+    name = f"{type(decoder).__name__}(inner=...)"
+    plug(decoder.inner, name, ("init", "step"), "the decoders of djax, such as djax.Threshold(0.9)")
+    if edits(decoder.inner):
+        raise OptionError(f"{name}: expected a decoder that does not edit, such as djax.Threshold(0.9); got {decoder.inner!r}")
 
 
 def candidates(

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from djax.checks import number, plug
-from djax.decoding.contract import Decoder, Tick, best_and_probability, draws
+from djax.checks import number
+from djax.decoding.contract import Decoder, Tick, best_and_probability, check_inner, draws
 from djax.decoding.threshold import Threshold
 from djax.pytree import pytree
 
@@ -28,8 +28,7 @@ class Credit:
     beta: float = 0.8
 
     def __post_init__(self) -> None:
-        if type(self.inner) is not object:  # jax rebuilds plugs with placeholders in their fields
-            plug(self.inner, "Credit(inner=...)", ("init", "step"), "the decoders of djax, such as djax.Threshold(0.9)")
+        check_inner(self)
         number(self, "alpha", at_least=0.0)
         number(self, "gamma", at_least=0.0)
         number(self, "beta", at_least=0.0, at_most=1.0)
