@@ -130,16 +130,38 @@ def find(path: str | os.PathLike | None) -> Path:
 
 
 def _fetch(name: str) -> Path:
-    """A hub model's files that djax reads, in the hub's own cache. No code is among them."""
+    """A hub model's files that djax reads, in the hub's own cache; without a network, as they lie there. None is code."""
     from huggingface_hub import snapshot_download
 
+    # At the top only: repositories keep the same weights for other programs in folders.
+    wanted = dict(allow_patterns=["*.json", "*.safetensors", "*.jinja"], ignore_patterns=["*/*"])
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
-    except Exception as error:  # the hub's client raises many kinds: no network, no such model, no permission
-        raise PathError(
-            f"{name}: expected a checkpoint directory or a model of the Hugging Face hub; there is no such directory, and the "
-            f"hub gave: {type(error).__name__}: {' '.join(str(error).split())}"
-        ) from error
+        return Path(snapshot_download(name, **wanted))
+    except Exception as error:  # the client and what it is built on raise many kinds
+        no = f"{name}: there is no such directory, and as a model of the Hugging Face hub it cannot be had"
+        raise PathError(f"{no}: {_why_not(name, error)}") from error
+
+
+def _why_not(name: str, error: Exception) -> str:
+    """What the hub's client met, and what would work."""
+    from huggingface_hub import constants, errors
+
+    hub = constants.ENDPOINT
+    if isinstance(error, errors.GatedRepoError):
+        return f"only accounts that agreed to its terms get it; agree at {hub}/{name}, then run `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"{hub} knows no such model; check the name, or run `hf auth login` if it is a private one"
+    if isinstance(error, errors.LocalEntryNotFoundError):  # in the cache, where the client looks if it reaches nobody
+        return (
+            f"the hub's cache, {constants.HF_HUB_CACHE}, does not have all of it, and {hub} cannot be asked "
+            f"({_in_a_line(error.__cause__ or error)}); where there is a network run `hf download {name} --local-dir DIR`, "
+            "bring DIR here and give its path"
+        )
+    return _in_a_line(error)
+
+
+def _in_a_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def describe(directory: Path) -> tuple[ModuleType, Any, dict, Any]:

@@ -1,27 +1,32 @@
 """`djax convert`: streamed, atomic, bit-equal both ways, with a manifest; and what stops it."""
 
+import contextlib
 import hashlib
 import json
 import os
+import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDENS
+from killed import end, start
 from safetensors.numpy import load_file, save_file
 from test_checkpoint import same_params
 
 import djax
 from djax import conversion
 from djax.conversion import convert
-from djax.errors import CheckpointError, OptionError
+from djax.errors import CheckpointError, OptionError, PathError
 
+# Of each direction. `DJAX_TEST_MOMENTS=50 pytest tests/test_conversion.py` is the slow part.
+MOMENTS = int(os.environ.get("DJAX_TEST_MOMENTS", 10))
 MODELS = ["moe_a", "moe_b", "dense", "llada2"]
 
 
@@ -186,26 +191,76 @@ def test_a_source_that_changes_meanwhile_is_noticed(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
-@pytest.mark.parametrize("moment", [0.2, 0.7])
-def test_a_killed_conversion_leaves_nothing_that_loads(tmp_path, moment):
-    """Killed at a moment of its work; the next one to the same place removes what it left and finishes."""
-    code = "import sys; from djax.conversion import convert; print('ready', flush=True); convert(*sys.argv[1:3])"
-    out = tmp_path / "out"
-    with subprocess.Popen([sys.executable, "-c", code, GOLDENS / "moe_b", tmp_path / "whole"], stdout=subprocess.PIPE) as whole:
-        whole.stdout.readline()
+@pytest.fixture(scope="module")
+def there(tmp_path_factory):
+    """Each layout's source, and how to see that an output is right, bit for bit."""
+    orbax = tmp_path_factory.mktemp("there") / "orbax"
+    convert(GOLDENS / "moe_b", orbax)
+    expected = raw(GOLDENS / "moe_b"), bits(djax.load(GOLDENS / "moe_b"))
+    return {
+        "orbax": (GOLDENS / "moe_b", lambda out: bits(djax.load(out)) == expected[1]),
+        "hf": (orbax, lambda out: raw(out) == expected[0] and bits(djax.load(out)) == expected[1]),
+    }
+
+
+def bits(model):
+    return jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype), np.asarray(leaf).tobytes()), model.params)
+
+
+@pytest.mark.parametrize("to", ["orbax", "hf"])
+def test_killed_at_random_moments(there, tmp_path, to):
+    """Half of them from the start of the process to its end, half from where it begins to write."""
+    source, right = there[to]
+    out, rng = tmp_path / "out", random.Random(0)
+
+    def wait_until_it_writes(process):
+        while process.is_alive() and not any(tmp_path.iterdir()):
+            time.sleep(0.001)
+
+    def clear():
+        for path in tmp_path.iterdir():
+            shutil.rmtree(path)
+
+    for _ in range(2):  # the first starts the process that the others are forked from
+        clear()
         began = time.monotonic()
-        assert whole.wait() == 0
+        process = start(convert, source, out, to=to)
+        wait_until_it_writes(process)
+        before = time.monotonic() - began
+        assert end(process)
         seconds = time.monotonic() - began
-    with subprocess.Popen([sys.executable, "-c", code, GOLDENS / "moe_b", out], stdout=subprocess.PIPE) as process:
-        process.stdout.readline()
-        time.sleep(moment * seconds)
-        process.send_signal(signal.SIGKILL)
-    if out.exists():  # it was faster than the first
-        same_params(djax.load(out).params, djax.load(GOLDENS / "moe_b").params)
-        shutil.rmtree(out)
-    convert(GOLDENS / "moe_b", out)
-    same_params(djax.load(out).params, djax.load(GOLDENS / "moe_b").params)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
+    clear()
+
+    states = Counter()
+    for _ in range(MOMENTS):
+        process = start(convert, source, out, to=to)
+        if rng.random() < 0.5:
+            time.sleep(rng.uniform(0, seconds))
+        else:
+            wait_until_it_writes(process)
+            time.sleep(rng.uniform(0, seconds - before))
+        process.kill()
+        end(process)
+
+        remains = list(tmp_path.iterdir())
+        if out.exists():
+            states["whole"] += 1
+            with pytest.raises(OptionError, match="already exists"):
+                convert(source, out, to=to)
+        else:
+            states["partly written" if remains else "nothing written"] += 1
+            with pytest.raises(PathError, match="does not exist"):
+                djax.load(out)
+            for path in remains:  # not even the hidden one loads wrong
+                with contextlib.suppress(CheckpointError):
+                    djax.load(path)
+                    assert right(path)
+            convert(source, out, to=to)
+        assert right(out)
+        assert list(tmp_path.iterdir()) == [out]
+        clear()
+    print(f"{to}, killed while there was", dict(states))
+    assert states["partly written"] > MOMENTS // 5, states
 
 
 def test_a_conversion_that_is_running_is_left_alone(tmp_path):

@@ -357,6 +357,33 @@ def test_gumbel_noise_draws_from_the_tempered_softmax():
     np.testing.assert_allclose(seen, softmax(logits / temperature), atol=0.03)
 
 
+def test_the_best_is_found_however_sums_are_rounded():
+    """The maximum and what equals it are found by two kernels, which may round a product and a sum differently.
+
+    They do with the flags that the tests run with: the last token of the vocabulary was proposed instead.
+    """
+    rows, block, vocab = 4, 16, 1000
+
+    @jax.jit
+    def both(logits, credit, key):
+        masked = jnp.ones((rows, block), bool)
+        _, noisy, _ = Threshold().step((), logits, masked, tick(rows, 0.8), key)
+        (credit, _), fused, _ = Credit().step((credit, ()), logits, masked, tick(rows)._replace(call=jnp.ones(rows)), None)
+        return noisy, fused, credit
+
+    # In a program of its own: what a program returns is computed once.
+    draw = jax.jit(jax.vmap(lambda k: jax.random.gumbel(k, (block, vocab))))
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        logits = rng.normal(size=(rows, block, vocab)).astype(np.float32)
+        logits[..., MASK] = -30.0
+        key = jax.random.split(jax.random.key(seed), rows)
+        noisy, fused, credit = both(logits, rng.random(logits.shape, np.float32), key)
+        for tokens, seen in ((noisy, logits + 0.8 * draw(key)), (fused, logits + 0.7 * np.log1p(credit))):
+            at_token = np.take_along_axis(np.asarray(seen), np.asarray(tokens)[..., None], axis=-1)[..., 0]
+            np.testing.assert_allclose(at_token, np.max(seen, axis=-1), rtol=1e-5)
+
+
 def test_no_two_kinds_of_plug_have_one_structure():
     """jax caches programs by structure; with equal ones a program is now and then taken for another (djax.pytree)."""
     plugs = [kind() for kind in (*DECODERS.values(), *CACHES.values(), Smoothing)]

@@ -40,12 +40,13 @@ class Hierarchy:
         tokens, confidence, candidate = candidates(logits, masked, tick, key)
         confidence = jnp.where(masked, confidence, -jnp.inf)
         run = jnp.cumsum(masked & ~jnp.pad(masked, ((0, 0), (1, 0)))[:, :-1], axis=1)
-        together = (run[:, :, None] == run[:, None, :]) & masked[:, None, :]
+        at = jnp.arange(masked.shape[1])
+        others = (run[:, :, None] == run[:, None, :]) & masked[:, None, :] & (at[:, None] != at[None, :])[None]
         # A position that proposes the mask id keeps its rank, as in dInfer: it is not accepted, and nor is a less sure
         # neighbour in its stead. Only if that leaves the row with nothing does the best candidate go.
-        best_of_run = jnp.max(jnp.where(together, confidence[:, None, :], -jnp.inf), axis=-1)
+        surer = jnp.any(others & (confidence[:, None, :] > confidence[:, :, None]), axis=-1)
         high = jnp.maximum(self.high, tick.least[:, None])
-        chosen = ((confidence == best_of_run) & (confidence > self.low)) | (confidence > high)
+        chosen = (~surer & (confidence > self.low)) | (confidence > high)
         accept = candidate & (chosen | first_best(confidence))
         none = ~jnp.any(accept, axis=-1, keepdims=True)
         best = candidate & first_best(jnp.where(candidate, confidence, -jnp.inf))
