@@ -101,7 +101,7 @@ def _drop_caches() -> None:
 
 
 def run(work: Path, out: Path, readme: Path | None, note: Callable[[str], None]) -> str:
-    """All steps in an empty directory, which is removed; conversion.jsonl, the README's part, and the table."""
+    """All steps in an empty directory, which is removed; convert.jsonl, the README's part, and the table."""
     if work.exists():
         raise OptionError(f"--work: {work} already exists; name a directory that does not")
     now = circumstances()
@@ -109,7 +109,7 @@ def run(work: Path, out: Path, readme: Path | None, note: Callable[[str], None])
         lines = [line | now for line in measure(work, HF, note)]
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    write_lines(out / "conversion.jsonl", lines)
+    write_lines(out / "convert.jsonl", lines)
     text = table(lines)
     put(readme, "convert", text)
     return text

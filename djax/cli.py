@@ -482,7 +482,7 @@ class Conversion:
     work: Annotated[Path, arg(metavar="DIR")]
     """Where the checkpoints are made; it must not exist, and is removed at the end."""
     out: Annotated[Path, arg(metavar="DIR")]
-    """Where conversion.jsonl goes."""
+    """Where convert.jsonl goes."""
     readme: Annotated[Path | None, arg(metavar="FILE")] = None
     """Also write the table into this Markdown file, between its two marks."""
 

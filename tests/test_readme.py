@@ -14,7 +14,7 @@ import pytest
 
 import djax
 from djax.benchmarks import compile as compiling
-from djax.benchmarks import ladder, soft_top, speed
+from djax.benchmarks import conversion, devices, ladder, soft_top, speed
 from djax.benchmarks.report import read_lines, with_part
 from djax.source import SHIPPED
 
@@ -65,7 +65,14 @@ def test_the_ladder_is_made_from_the_results(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "table"), [("compile", compiling.table), ("soft-top", soft_top.table), ("speed", speed.table)]
+    ("name", "table"),
+    [
+        ("compile", compiling.table),
+        ("convert", conversion.table),
+        ("devices", devices.table),
+        ("soft-top", soft_top.table),
+        ("speed", speed.table),
+    ],
 )
 def test_tables_are_made_from_the_results(name, table):
     lines = read_lines(ROOT / "benchmarks" / "results" / f"{name.replace('-', '_')}.jsonl")
