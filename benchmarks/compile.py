@@ -250,7 +250,7 @@ def table(lines: list[dict[str, Any]]) -> str:
             f"{x['unsplit_kernels_per_step']}, {x['unsplit_bytes_per_step'] / 1e9:.3f} GB "
             f"({x['unsplit_bytes_over_least']} times)"
         ),
-        "FLOPs a step and GPU": lambda x: f"{x['flops_per_step'] / 1e12:.3f} TFLOP",
+        "FLOPs of XLA's own products a step and GPU": lambda x: f"{x['flops_per_step'] / 1e12:.3f} TFLOP",
         "largest copy in a step, in a refresh": lambda x: (
             f"{x['largest_copy_in_step'] / 1e6:.3f} MB, {x['largest_copy_in_refresh'] / 1e6:.2f} MB"
         ),
