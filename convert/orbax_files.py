@@ -1,5 +1,6 @@
 """A parameter tree as an Orbax checkpoint (the v1 API): written one leaf at a time, restored onto any devices, read by leaf."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from flax import traverse_util
 # Leaves are cut into pieces of at most this, so that a device that has a part of one reads little else, and written in groups
 # of about as many bytes as the second.
 PIECE, GROUP = 1 << 26, 1 << 28
+# Bytes that are under way at once while a checkpoint is restored, or its largest leaf's.
+AT_ONCE = 1 << 30
 Leaf = tuple[tuple[str, ...], np.ndarray]
 
 
@@ -46,7 +49,11 @@ def restore(directory: Path, tree: Any) -> Any:
     """The whole tree, each leaf of the shape and dtype and on the devices that `tree` (of `ShapeDtypeStruct`s) says."""
     from orbax.checkpoint.experimental import v1 as orbax
 
-    with _context():
+    context = _context()
+    # Read all at once, what is under way would come on top of what is done: half of a checkpoint again, on two cores.
+    largest = max(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in traverse_util.flatten_dict(tree).values())
+    context.memory.read_concurrent_bytes = max(AT_ONCE, largest + 1)
+    with context:
         return orbax.load(directory.resolve(), tree)
 
 
