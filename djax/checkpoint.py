@@ -17,12 +17,12 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh, Sharding
 
+import djax.models.quantized as quantized
 from djax import sharding
 from djax.convert import orbax_files, rules, safetensors_files
 from djax.directories import new_directory
 from djax.errors import CheckpointError, OptionError
 from djax.model import Model
-from djax.models import quantized
 from djax.source import DTYPES, MANIFEST, ORBAX, Source, kinds, name_of, opened, shapes, written
 
 NOT_FINITE = ("warn", "refuse", "allow")

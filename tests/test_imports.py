@@ -23,9 +23,9 @@ ALLOWED = {
     "djax/directories.py": ("errors",),
     "djax/source.py": ("errors", "text", "convert", "models"),
     "djax/sharding.py": ("errors", "checks"),
-    "djax/model.py": ("errors", "checks", "compilation", "sharding"),
+    "djax/model.py": ("errors", "checks", "compilation", "models.quantized", "sharding"),
     "djax/program.py": ("caching.contract", "decoding.contract", "models.layers", "smoothing", "trace"),
-    "djax/checkpoint.py": ("errors", "convert", "directories", "model", "sharding", "source"),
+    "djax/checkpoint.py": ("errors", "convert", "directories", "model", "models.quantized", "sharding", "source"),
     "djax/conversion.py": ("errors", "convert", "checkpoint", "directories", "source"),
     "djax/request.py": (
         *("errors", "checks", "text", "plugs", "model", "program"),
