@@ -105,6 +105,7 @@ def run(work: Path, out: Path, readme: Path | None, note: Callable[[str], None])
     if work.exists():
         raise OptionError(f"--work: {work} already exists; name a directory that does not")
     now = circumstances()
+    now["command"] = now["command"].replace(str(work), "DIR")  # whose directory is nobody's business
     try:
         lines = [line | now for line in measure(work, HF, note)]
     finally:
@@ -129,7 +130,7 @@ def table(lines: list[dict[str, Any]]) -> str:
     text += [
         "",
         f"{x['bytes'] / 1e9:.1f} GB of random bfloat16 in LLaDA-MoE-7B's shape; the files that came back are "
-        f"{'equal byte for byte' if trip['equal'] else 'DIFFERENT'}. {x['hardware']}, {x['threads']} threads, jax {x['jax']}, "
-        f"commit {x['commit']}; `{x['command']}`.",
+        f"{'equal byte for byte' if trip['equal'] else 'DIFFERENT'}. {x['hardware']}, {x['threads']} threads, "
+        f"{x['allocator']} allocator, jax {x['jax']}, commit {x['commit']}; `{x['command']}`.",
     ]
     return "\n".join(text)
