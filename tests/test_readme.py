@@ -14,7 +14,7 @@ import pytest
 
 import djax
 from djax.benchmarks import compile as compiling
-from djax.benchmarks import conversion, ladder, soft_top, speed
+from djax.benchmarks import conversion, devices, ladder, soft_top, speed
 from djax.benchmarks.report import read_lines, with_part
 from djax.source import SHIPPED
 
@@ -69,6 +69,7 @@ def test_the_ladder_is_made_from_the_results(tmp_path):
     [
         ("compile", compiling.table),
         ("convert", conversion.table),
+        ("devices", devices.table),
         ("soft-top", soft_top.table),
         ("speed", speed.table),
     ],
