@@ -267,6 +267,13 @@ def write(
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def cast(
+    tensors: Iterator[tuple[str, np.ndarray]], kinds: Mapping[str, tuple[tuple[int, ...], np.dtype]]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors in the dtypes that `kinds` announces, copied only where they have others, and none held after it is given."""
+    return map(lambda named: (named[0], named[1].astype(kinds[named[0]][1], copy=False)), tensors)
+
+
 def _written_header(kinds: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> tuple[bytes, dict[str, int]]:
     """The start of a file, and each tensor's offset from its end: the widest first, then by name."""
     types = {np.dtype(dtype): name for name, dtype in READ.items()}

@@ -198,7 +198,7 @@ def export_hf(model: Model, directory: str | os.PathLike, *, dtype: str | None =
     with new_directory(directory) as partial:
         as_they_are = kinds(model.family, model.config, model.stored, model.dtype, dtype)
         tensors = rules.unload(written(model.family, model.config), lambda path: np.asarray(flat[path]))
-        safetensors_files.write(partial, as_they_are, ((name, t.astype(as_they_are[name][1])) for name, t in tensors))
+        safetensors_files.write(partial, as_they_are, safetensors_files.cast(tensors, as_they_are))
         write_description(model, partial, dtype)
 
 

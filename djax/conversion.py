@@ -81,8 +81,7 @@ def convert(
                 orbax_files.write(partial / ORBAX, ((path, _get(read, path, examiner)) for path in read.order))
             else:
                 tensors = rules.unload(written(read.family, read.config), lambda path: _get(read, path, examiner))
-                cast = map(lambda named: (named[0], named[1].astype(as_written[named[0]][1], copy=False)), tensors)
-                safetensors_files.write(partial, as_written, cast)
+                safetensors_files.write(partial, as_written, safetensors_files.cast(tensors, as_written))
             write_description(read, partial, dtype)
             digests = examiner.digests()
             if verify:
