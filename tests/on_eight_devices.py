@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -54,14 +55,25 @@ def same_experts() -> None:
     shapes = (40, 64), (64, 16), (16, 64, 128), (16, 64, 64)
     x, router, w_in, w_out = (jax.random.normal(next(keys), shape) / 8 for shape in shapes)
     routing, valid = moe.route(x, router, 3, renormalise=False), jnp.arange(40) < 33
-    kernels = partial(moe.grouped, chosen=partial(expert_kernel.chosen, interpret=True))
-    with jax.set_mesh(sharding.mesh(model=8)):
-        got = jax.jit(kernels)(x, routing, w_in, w_out, valid)
-    np.testing.assert_allclose(got[:33], moe.plain(x, routing, w_in, w_out, valid)[:33], atol=1e-5)
+    chosen = partial(moe.grouped, chosen=partial(expert_kernel.chosen, interpret=True))
+    for kernels in (chosen, partial(moe.dense_kernel, interpret=True)):
+        with jax.set_mesh(sharding.mesh(model=8)):
+            got = jax.jit(kernels)(x, routing, w_in, w_out, valid)
+        np.testing.assert_allclose(got[:33], moe.plain(x, routing, w_in, w_out, valid)[:33], atol=1e-5)
+
+
+def same_int8() -> None:
+    """Scales lie with the weights they belong to."""
+    path = Path(__file__).parent / "goldens" / "moe_a"
+    one, many = (djax.load(path, quantize="int8", mesh=mesh) for mesh in (None, sharding.mesh(model=2)))
+    assert many.bytes_per_device < 0.6 * one.parameter_bytes
+    tokens = np.random.default_rng(0).integers(0, one.config.eos_id, (2, 12))
+    np.testing.assert_allclose(djax.logits(many, tokens), djax.logits(one, tokens), atol=1e-4)
 
 
 if __name__ == "__main__":
     assert len(jax.devices()) == 8
     same_experts()
+    same_int8()
     same_logits()
     same_tokens()

@@ -86,7 +86,7 @@ def quantize(path: Path, leaf: np.ndarray) -> Iterator[tuple[Path, np.ndarray]]:
         scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
         out[part], scales[part] = np.rint(wide / scale).astype(np.int8), scale
     yield path, out
-    yield (*path[:-1], path[-1] + SCALE), scales
+    yield _beside(path), scales
 
 
 def abstract(leaves: Mapping[Path, jax.ShapeDtypeStruct]) -> dict[Path, jax.ShapeDtypeStruct]:
@@ -96,7 +96,7 @@ def abstract(leaves: Mapping[Path, jax.ShapeDtypeStruct]) -> dict[Path, jax.Shap
         axes = SHARED.get(path[-1])
         out[path] = leaf if axes is None else jax.ShapeDtypeStruct(leaf.shape, jnp.int8)
         if axes is not None:
-            out[*path[:-1], path[-1] + SCALE] = jax.ShapeDtypeStruct(_scale_shape(leaf.shape, axes), jnp.float32)
+            out[_beside(path)] = jax.ShapeDtypeStruct(_scale_shape(leaf.shape, axes), jnp.float32)
     return out
 
 
@@ -106,8 +106,13 @@ def logical_axes(axes: Mapping[Path, tuple[str | None, ...]]) -> dict[Path, tupl
     for path, names in axes.items():
         shared = SHARED.get(path[-1])
         if shared is not None:
-            out[*path[:-1], path[-1] + SCALE] = tuple(None if n in shared else name for n, name in enumerate(names))
+            out[_beside(path)] = tuple(None if n in shared else name for n, name in enumerate(names))
     return out
+
+
+def _beside(path: Path) -> Path:
+    """Where a matrix' scale is."""
+    return (*path[:-1], path[-1] + SCALE)
 
 
 def _scale_shape(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
