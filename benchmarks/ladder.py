@@ -276,15 +276,21 @@ def _against(by_rung: dict[str, list[dict[str, Any]]], reference: dict[str, Any]
     return text
 
 
-def draw(lines: list[dict[str, Any]], file: Path) -> None:
-    """Accuracy against tokens per forward: a line a rung, its 95% intervals, and the Pareto front behind them."""
+def import_pyplot(command: str) -> Any:
+    """matplotlib without a window."""
     try:
         import matplotlib
     except ImportError as error:
-        raise OptionError("djax bench ladder: the picture needs matplotlib; pip install 'djax[bench]'") from error
+        raise OptionError(f"{command}: the picture needs matplotlib; pip install 'djax[bench]'") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def draw(lines: list[dict[str, Any]], file: Path) -> None:
+    """Accuracy against tokens per forward: a line a rung, its 95% intervals, and the Pareto front behind them."""
+    pyplot = import_pyplot("djax bench ladder")
     figure, axes = pyplot.subplots(figsize=(12, 6.5), layout="constrained")
     best = front(lines)
     axes.step(

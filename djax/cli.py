@@ -337,16 +337,134 @@ class Train:
     """Where checkpoints, log.jsonl and the finished model go."""
 
     def run(self, console: Console) -> None:
-        import importlib
+        from djax.training.train import Run, train
 
-        from djax import configs
+        print(train(_config(self.config, Run), self.out))
 
-        if not self.config.isidentifier() or not (Path(configs.__file__).parent / f"{self.config}.py").is_file():
-            there = sorted(p.stem for p in Path(configs.__file__).parent.glob("*.py") if p.stem != "__init__")
-            raise OptionError(f"config: unknown {self.config!r}; there are: {', '.join(there)}")
-        from djax.training.train import train
 
-        print(train(importlib.import_module(f"djax.configs.{self.config}").RUN, self.out))
+@dataclasses.dataclass
+class Distill:
+    """Record how a model decodes, keep what is right, and train on it to need fewer forwards. A killed run goes on.
+
+    djax distill tiny_td --out runs/td --eval
+
+    djax distill tiny_td --model DIR --prompts train.jsonl --held-out test.jsonl --verifier python --out runs/mine
+
+    OUT gets traces/, training/ and, in the end, model/ in HF layout: the best one on the held-out problems.
+    """
+
+    config: Positional[str]
+    """A distillation of configs/, by file name; the options below replace its values."""
+    out: Annotated[Path, arg(metavar="DIR")]
+    """Where all of it goes."""
+    model: Checkpoint = None
+    """A checkpoint directory; without it, the small model that ships with djax."""
+    dtype: str | None = None
+    """float32 or bfloat16 for the parameters; by default the checkpoint's own."""
+    devices: int = 1
+    """Split the model over this many devices."""
+    data: int = 1
+    """Split the rows of an update over this many groups of devices."""
+    prompts: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Problems to record, JSON lines: "prompt" (text or messages) and what the verifier needs ("result", "tests"). Without it
+    word problems are generated."""
+    held_out: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Problems to judge by, as in --prompts."""
+    verifier: str = "exact"
+    """Which answers are right: exact (the number after ####, against "result") or python (runs the snippet and "tests")."""
+    traces: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Where trajectories are, or go (default: OUT/traces). Runs may share them."""
+    recordings: tuple[str, ...] | None = None
+    """How the teacher decodes, one or several: 'Settings(gen_length=256, block_length=32, decoder=Threshold(0.9))'."""
+    problems: int | None = None
+    """How many word problems to generate."""
+    samples: int | None = None
+    """Trajectories a problem; above 1 the recordings need a temperature."""
+    objectives: tuple[str, ...] | None = None
+    """What is learned: 'Compression(Stride(4))', 'Compression(Uniform())', 'Compression(Curriculum(1, 16))',
+    'Certainty(beta=2)', 'Plain()'; several are added."""
+    steps: int | None = None
+    """Updates."""
+    rows: int | None = None
+    """Trajectories an update."""
+    accumulate: int | None = None
+    """In how many parts one after another."""
+    rate: float | None = None
+    """Peak learning rate."""
+    muon: float | None = None
+    """Peak rate of Muon, which then moves the matrices; 0 for AdamW alone."""
+    lora: int | None = None
+    """Train adapters of this rank instead of all parameters."""
+    compute: str | None = None
+    """float32 or bfloat16 for the network's sums while training."""
+    remat: bool = False
+    """Compute activations again for the gradient instead of keeping them."""
+    seed: int | None = None
+    """Of order and noise."""
+    eval: bool = False
+    """Then compare before and after on the ladder: ladder.jsonl, ladder.md and ladder.png in OUT."""
+    eval_problems: int = 500
+    """How many held-out word problems that takes; of --held-out, the first ones."""
+
+    def run(self, console: Console) -> None:
+        import djax
+        from djax.checks import whole_number
+        from djax.distill.run import distil, read_problems
+
+        run = self._run()
+        if (self.prompts is None) != (self.held_out is None):
+            raise OptionError("--prompts and --held-out go together: what is judged by must not be trained on")
+        problems = None if self.prompts is None else read_problems(self.prompts, "--prompts")
+        held_out = None if self.held_out is None else read_problems(self.held_out, "--held-out")
+        whole_number(self.eval_problems, "--eval-problems", at_least=1)
+        mesh = None if self.devices == self.data == 1 else djax.mesh(model=self.devices, data=self.data)
+        model = djax.load(self.model, dtype=self.dtype, mesh=mesh)
+        options = dict(problems=problems, held_out=held_out, verifier=self.verifier, traces=self.traces, console=console)
+        trained = distil(model, run, self.out, note=_note(console), **options)
+        if self.eval:
+            from djax.benchmarks import distill as benchmark
+
+            options = dict(problems=held_out and held_out[: self.eval_problems], count=self.eval_problems)
+            options |= dict(verifier=self.verifier, gen_length=run.decoding.gen_length, note=_note(console))
+            print(benchmark.compare({"before": model, "after": trained}, self.out, **options))
+        print(self.out / "model")
+
+    def _run(self) -> Any:
+        """The config's distillation with the options that were given."""
+        from djax.distill import OBJECTIVES, PAIRS, Distillation, Lora, Settings
+        from djax.plugs import parse
+
+        run = _config(self.config, Distillation)
+        recipe = {n: getattr(self, n) for n in ("steps", "rows", "accumulate", "rate", "seed")} | {"dtype": self.compute}
+        if self.objectives is not None:
+            plugs = {**OBJECTIVES, **PAIRS}
+            recipe["objectives"] = tuple(parse(text, plugs, "--objectives") for text in self.objectives)
+        if self.lora is not None:
+            recipe["lora"] = Lora(self.lora)
+        recipe = {name: value for name, value in recipe.items() if value is not None}
+        if self.muon is not None or self.lora is not None:
+            recipe["muon"] = self.muon or None
+        if self.remat:
+            recipe["remat"] = True
+        more = {"problems": self.problems, "samples": self.samples}
+        if self.recordings is not None:
+            more["recordings"] = tuple(Settings.read(text, "--recordings") for text in self.recordings)
+        more = {name: value for name, value in more.items() if value is not None}
+        return dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, **recipe), **more)
+
+
+def _config(name: str, kind: type) -> Any:
+    """RUN of a file of configs/, which must be of this kind."""
+    import importlib
+
+    from djax import configs
+
+    there = sorted(p.stem for p in Path(configs.__file__).parent.glob("*.py") if p.stem != "__init__")
+    runs = {n: importlib.import_module(f"djax.configs.{n}").RUN for n in ([name] if name in there else there)}
+    fitting = [n for n, run in runs.items() if isinstance(run, kind)]
+    if name not in fitting:
+        raise OptionError(f"config: unknown {name!r}; there are: {', '.join(fitting)}")
+    return runs[name]
 
 
 @dataclasses.dataclass
@@ -542,6 +660,41 @@ class Speed:
         print(speed.run(list(self.parts), repeats, self.out, self.readme, _note(console)))
 
 
+@dataclasses.dataclass
+class Distillation:
+    """Train the small model by each distillation objective and by the control, and measure what that bought.
+
+    djax bench distill --work runs/distill --out benchmarks/results --readme README.md
+
+    Arms that DIR has finished stay as they are. About an hour and a half on two cores.
+    """
+
+    work: Annotated[Path, arg(metavar="DIR")]
+    """Where trajectories and the trained models go."""
+    out: Annotated[Path, arg(metavar="DIR")]
+    """Where distill.jsonl, distill.md and distill.png go."""
+    config: str = "tiny_td"
+    """The distillation of configs/ that has the ARMS to compare."""
+    problems: int = 500
+    """How many held-out problems; the same ones for the same number."""
+    readme: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Also write the table into this Markdown file, between its two marks."""
+
+    def run(self, console: Console) -> None:
+        import importlib
+
+        import djax
+        from djax.benchmarks import distill
+        from djax.checks import whole_number
+        from djax.distill import Distillation as Loop
+
+        count = whole_number(self.problems, "--problems", at_least=1)
+        run = _config(self.config, Loop)
+        arms = importlib.import_module(f"djax.configs.{self.config}").ARMS
+        places = dict(work=self.work, out=self.out, readme=self.readme)
+        print(distill.run(run, arms, **places, model=djax.load(), problems=count, console=console, note=_note(console)))
+
+
 Benchmark = (
     Annotated[Ladder, subcommand("ladder")]
     | Annotated[Speed, subcommand("speed")]
@@ -549,6 +702,7 @@ Benchmark = (
     | Annotated[Compile, subcommand("compile")]
     | Annotated[Devices, subcommand("devices")]
     | Annotated[Conversion, subcommand("convert")]
+    | Annotated[Distillation, subcommand("distill")]
 )
 
 
@@ -620,6 +774,7 @@ def main(arguments: list[str] | None = None) -> None:
         "info": Info,
         "convert": Convert,
         "train": Train,
+        "distill": Distill,
         "evaluate": Evaluate,
         "bench": Bench,
     }

@@ -48,3 +48,15 @@ class TripCapError(DjaxError, RuntimeError):
     def __init__(self, message: str, generations: list[Any]) -> None:
         super().__init__(message)
         self.generations = generations
+
+
+class TraceError(DjaxError, ValueError):
+    """Recorded trajectories are missing, damaged, or of another model, tokenizer or settings."""
+
+
+class VerifierError(DjaxError, RuntimeError):
+    """A verifier raised, hung, or said something that is no score."""
+
+
+class TrainingError(DjaxError, RuntimeError):
+    """A training cannot go on: the loss is not finite, or the disk is full. The last good checkpoint is kept."""

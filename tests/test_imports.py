@@ -39,6 +39,10 @@ ALLOWED = {
     "djax/ahead.py": ("errors", "checks", "compilation", "directories", "generate", "model", "program", "request"),
     "djax/presets.py": ("errors", "configs"),
     "djax/pictures": ("errors", "pictures"),
+    "djax/distill": (
+        *("errors", "checks", "compilation", "plugs", "pytree", "caching", "decoding", "smoothing", "model", "generate"),
+        *("checkpoint", "sharding", "source", "training", "distill"),
+    ),
     "djax/training": (*("errors", "compilation", "text", "models", "model", "checkpoint", "generate", "training"),),
 }
 
@@ -72,6 +76,7 @@ def test_flax_lives_in_models_and_where_trees_are_read():
         "djax/source.py",
         "djax/checkpoint.py",
         "djax/ahead.py",
+        "djax/distill/lora.py",
     }
 
 

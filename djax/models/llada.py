@@ -105,7 +105,7 @@ class DenseLayer(Layer):
 
 _functions = Functions(LLaDA)
 abstract, init, empty_cache = _functions.abstract, _functions.init, _functions.empty_cache
-embed, trunk = _functions.embed, _functions.trunk
+embed, trunk, trunk_with_routing = _functions.embed, _functions.trunk, _functions.trunk_with_routing
 unembed, expected_embedding = _functions.unembed, _functions.expected_embedding
 
 

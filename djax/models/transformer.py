@@ -14,11 +14,13 @@ from djax.models.quantized import SCALE, Int8, Weights, product
 class Transformer(nn.Module):
     """The parameters and the three functions over them. Every parameter carries logical axis names for sharding.
 
-    A family's network says what its layers are. full_rotary: queries and keys are rotated in float32 in a narrower model, too.
+    A family's network says what its layers are. remat: a layer's activations are computed again for the gradient, not kept.
+    full_rotary: queries and keys are rotated in float32 in a narrower model, too.
     """
 
     config: Any
     dtype: Any = jnp.float32
+    remat: bool = False
 
     full_rotary: ClassVar[bool] = False
 
@@ -55,14 +57,19 @@ class Transformer(nn.Module):
         if not self.full_rotary:
             angles = tuple(a.astype(x.dtype) for a in angles)
         fresh = []
+        run = nn.remat(_run) if self.remat else _run
         for n, layer in enumerate(self.blocks):
             cached, visible = (cache.layers[n], cache.visible) if cache is not None else (None, None)
-            x, kv = layer(x, angles, valid, cached, visible, until)
+            x, kv = run(layer, x, angles, valid, cached, visible, until)
             fresh.append(kv)
         return rms_norm(x, self.norm, c.eps), tuple(fresh)
 
     def unembed(self, x: jax.Array) -> jax.Array:
         return jnp.einsum("...d,dv->...v", x, self.head, preferred_element_type=jnp.float32)
+
+
+def _run(layer: "Layer", *arguments: Any) -> tuple:
+    return layer(*arguments)
 
 
 class Layer(nn.Module):
@@ -169,13 +176,22 @@ class Functions:
         return self._network(config).apply({"params": params}, x, positions, valid, cache, until, method="trunk")
 
     def trunk_with_routing(
-        self, params: Any, config: Any, x: jax.Array, positions: jax.Array, valid: jax.Array, until: jax.Array | None = None
+        self,
+        params: Any,
+        config: Any,
+        x: jax.Array,
+        positions: jax.Array,
+        valid: jax.Array,
+        until: jax.Array | None = None,
+        *,
+        remat: bool = False,
     ) -> tuple[jax.Array, list]:
-        """`trunk` without cache, and the router's choice of each layer that has one (probabilities `[T, E]`, ids `[T, J]`)."""
-        network = self._network(config)
+        """`trunk` without cache, for training, and the router's choice of each layer that has one (probabilities `[T, E]`, ids
+        `[T, J]`). remat: a layer's activations are computed again for its gradient, not kept."""
+        network = self._network(config, remat=remat)
         arguments = x, positions, valid, None, until
         (x, _), collected = network.apply({"params": params}, *arguments, method="trunk", mutable=["routing"])
-        layers = (collected["routing"].get(f"layer_{n}") for n in range(config.layers))
+        layers = (collected.get("routing", {}).get(f"layer_{n}") for n in range(config.layers))
         return x, [layer["choice"][0] for layer in layers if layer]
 
     def unembed(self, params: Any, config: Any, x: jax.Array) -> jax.Array:

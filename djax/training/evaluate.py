@@ -68,14 +68,18 @@ def evaluate(
 ) -> Report:
     """Answer every problem and count: `answer(model, questions, **options)`, by default `djax.generate`. `progress` is called
     with the number done so far."""
-    answers, timings = [], []
+    answers = []
     for i in range(0, len(problems), max_batch):
         answers += answer(model, [p.question for p in problems[i : i + max_batch]], **options)
-        timings.append(answers[-1].timing)
         if progress is not None:
             progress(len(answers))
-    right = [stated_result(a.text) == p.result for a, p in zip(answers, problems, strict=True)]
-    count, tokens = len(problems), sum(len(a.tokens) for a in answers)
+    return report(answers, [stated_result(a.text) == p.result for a, p in zip(answers, problems, strict=True)])
+
+
+def report(answers: list[Generation], right: list[bool]) -> Report:
+    """Count answers, and which are right. Answers that were decoded together share their `timing`."""
+    timings = list({id(a.timing): a.timing for a in answers}.values())
+    count, tokens = len(answers), sum(len(a.tokens) for a in answers)
     decoding = sum(t.decode for t in timings)
     low, high = wilson(sum(right), count)
     rates = [a.tokens_per_forward for a in answers]

@@ -1,5 +1,6 @@
 """LLaDA's masked-diffusion objective (arXiv 2502.09992, section 2.2) and the router's load-balancing loss (2101.03961)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,13 +31,27 @@ def diffusion_loss(logits: jax.Array, tokens: jax.Array, masked: jax.Array, resp
     return jnp.sum(jnp.where(masked, nll / t, 0.0)) / jnp.sum(response)
 
 
-def balance_loss(routing: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
-    """E * sum over experts of (share of choices) * (mean probability), averaged over layers; 1 when perfectly even."""
+def balance_loss(
+    routing: list[tuple[jax.Array, jax.Array]],
+    valid: jax.Array | None = None,
+    over: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """E * sum over experts of (share of choices) * (mean probability), averaged over layers; 1 when perfectly even.
+
+    valid bool `[T]`: which tokens count, None for all. over: takes a part's sums to the mean over all parts of a batch. The
+    mean over parts of this loss, and of its gradient, is then the whole batch's: the shares, which alone stand in a product
+    with another part's numbers, have no gradient.
+    """
 
     def layer(probs: jax.Array, ids: jax.Array) -> jax.Array:
         count = probs.shape[-1]
-        share = jnp.mean(jax.nn.one_hot(ids, count), axis=(0, 1))
-        return count * jnp.sum(share * jnp.mean(probs, axis=0))
+        weight = jnp.ones(len(probs)) if valid is None else valid.astype(jnp.float32)
+        choices = jnp.sum(jnp.mean(jax.nn.one_hot(ids, count), axis=1) * weight[:, None], axis=0)
+        total = jnp.sum(weight)
+        if over is not None:
+            choices, total = over(choices), over(total)
+        share = jax.lax.stop_gradient(choices / total)
+        return count * jnp.sum(share * jnp.sum(probs * weight[:, None], axis=0) / total)
 
     return sum(layer(probs, ids) for probs, ids in routing) / len(routing)
 

@@ -91,10 +91,18 @@ def draw(rng: random.Random, held_out: bool) -> Problem:
 
 def held_out(count: int, seed: int = 0) -> list[Problem]:
     """`count` different held-out problems, the same for the same seed."""
-    rng = random.Random(f"held-out {seed}")
+    return _different(count, random.Random(f"held-out {seed}"), held_out=True)
+
+
+def not_held_out(count: int, seed: int = 0) -> list[Problem]:
+    """`count` different problems to learn from, the same for the same seed; the first ones of more."""
+    return _different(count, random.Random(f"to learn from {seed}"), held_out=False)
+
+
+def _different(count: int, rng: random.Random, held_out: bool) -> list[Problem]:
     problems: dict[str, Problem] = {}
     while len(problems) < count:
-        problem = draw(rng, held_out=True)
+        problem = draw(rng, held_out)
         problems[problem.question] = problem
     return list(problems.values())
 

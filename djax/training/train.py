@@ -83,6 +83,12 @@ def optimizer(run: Run) -> optax.GradientTransformation:
         rise = jnp.minimum(1.0, (step + 1) / run.warmup)
         return rise * jnp.clip((run.steps - step) / run.cooldown, 0.0, 1.0)
 
+    moves = muon(lambda step: run.rate * schedule(step), lambda step: run.adam_rate * schedule(step))
+    return optax.chain(optax.clip_by_global_norm(run.clip), moves)
+
+
+def muon(rate: optax.Schedule, adam_rate: optax.Schedule, **options: Any) -> optax.GradientTransformation:
+    """Muon on the matrices of attention and experts, Adam on the rest; options are optax's."""
     as_matrix = optax.contrib.MuonDimensionNumbers
     axes = {"qkv": as_matrix(0, (1, 3)), "o": as_matrix((0, 1), 2)}
     axes |= {"w_in": as_matrix(1, 2), "w_out": as_matrix(1, 2)}
@@ -90,12 +96,7 @@ def optimizer(run: Run) -> optax.GradientTransformation:
     def matrices(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: axes.get(path[-1].key), params)
 
-    muon = optax.contrib.muon(
-        lambda step: run.rate * schedule(step),
-        adam_learning_rate=lambda step: run.adam_rate * schedule(step),
-        muon_weight_dimension_numbers=matrices,
-    )
-    return optax.chain(optax.clip_by_global_norm(run.clip), muon)
+    return optax.contrib.muon(rate, adam_learning_rate=adam_rate, muon_weight_dimension_numbers=matrices, **options)
 
 
 @partial(jax.jit, static_argnames=("family", "config", "run"), donate_argnums=0)

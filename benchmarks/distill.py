@@ -1,0 +1,279 @@
+"""What distillation buys: a model before, and after each objective and the control, by the same decoders on the same problems.
+
+    djax bench distill --work runs/distill --out benchmarks/results --readme README.md
+
+All arms start from the same model, learn from the same kept trajectories and take the same number of updates; the control
+learns the kept answers by plain masked diffusion. Every point is one JSON line in distill.jsonl; distill.md and distill.png are
+made from those lines alone. The area under a curve is d3LLM's AUP (arXiv 2601.07568).
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import djax
+from djax.benchmarks.circumstances import circumstances
+from djax.benchmarks.ladder import Rung, hierarchies, import_pyplot, thresholds
+from djax.benchmarks.report import put, read_lines, write, write_lines
+from djax.distill import Distillation, Plain, distil, judge
+from djax.distill.run import generated
+from djax.distill.store import Problem
+from djax.plugs import parse
+from djax.training.evaluate import difference
+from djax.training.problems import held_out, not_held_out
+
+BATCH = 50
+# The ladder's, where there is something to gain: from a threshold as it is usually set to one that loses next to nothing.
+RUNGS = (
+    Rung("threshold", thresholds(0.9, 0.97, 0.99, 0.997)),
+    Rung("threshold, block 128", thresholds(0.9, 0.97, 0.99, 0.997), block_length=128),
+    Rung("entropy", tuple(f"Entropy({theta})" for theta in (0.45, 0.1, 0.03))),
+    Rung("hierarchy, block 128", hierarchies((0.97, 0.9), (0.99, 0.97), (0.997, 0.99)), block_length=128),
+    Rung("credit", tuple(f"Credit({t})" for t in thresholds(0.97, 0.99, 0.997))),
+    Rung("threshold + dual", thresholds(0.97, 0.99, 0.997), "Dual()"),
+)
+
+
+def measure(
+    models: Mapping[str, Any],
+    problems: Sequence[Problem],
+    file: Path,
+    *,
+    note: Callable[[str], None],
+    verifier: Any = "exact",
+    gen_length: int = 128,
+    resume: bool = False,
+) -> None:
+    """Every model by every rung's decoders; a line a point, written as they come. resume: go on with what is missing."""
+    from djax.caching import CACHES
+    from djax.decoding import DECODERS
+
+    lines = read_lines(file) if resume and file.exists() else []
+    there = {(x["model"], x["rung"], x["decoder"]) for x in lines}
+    now = circumstances()
+    for name, model in models.items():
+        for rung in RUNGS:
+            for text in rung.decoders:
+                if (name, rung.name, text) in there:
+                    continue
+                decoder, cache = parse(text, DECODERS, "decoder"), parse(rung.cache, CACHES, "cache")
+                options = dict(gen_length=gen_length, block_length=rung.block_length, decoder=decoder, cache=cache)
+                report = judge(model, problems, verifier, max_batch=BATCH, **options)
+                lines.append(
+                    {"model": name, "rung": rung.name, "decoder": text, "cache": rung.cache}
+                    | {"gen_length": gen_length, "block_length": rung.block_length, "batch": BATCH, "dtype": str(model.dtype)}
+                    | dataclasses.asdict(report)
+                    | now
+                )
+                write_lines(file, lines)
+                note(f"{name}, {rung.name}, {text}: {report.accuracy:.1%}, {report.tokens_per_forward:.2f} tokens/forward")
+
+
+def aup(points: Sequence[tuple[float, float]], best: float, alpha: float = 3.0, lost: float = 5.0) -> float:
+    """Accuracy under parallelism: the area under accuracy (%) over tokens per forward, each accuracy y weighted by
+    min(exp(-alpha (1 - y / best)), 1); points more than `lost` points below the slowest one's are left out.
+
+    points: (tokens per forward, accuracy in %). best: the highest accuracy of all that is compared.
+    """
+    points = sorted(points)
+    points = [(rho, y) for rho, y in points if y >= points[0][1] - lost]
+    weighted = [(rho, y * min(math.exp(-alpha * (1 - y / best)), 1.0)) for rho, y in points]
+    area = points[0][0] * points[0][1]
+    return area + sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(weighted))
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """Each setting a row, each model a column: accuracy and tokens per forward, against before. Then the areas."""
+    names = list(dict.fromkeys(x["model"] for x in lines))
+    by = {(x["model"], x["rung"], x["decoder"]): x for x in lines}
+    rows = [f"| | decoder | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
+    for rung, decoder in dict.fromkeys((x["rung"], x["decoder"]) for x in lines):
+        before = by.get((names[0], rung, decoder))
+        cells = []
+        for name in names:
+            x = by.get((name, rung, decoder))
+            cell = "" if x is None else f"{x['accuracy']:.1%} at {x['tokens_per_forward']:.2f}"
+            if x is not None and before is not None and x is not before:
+                cell += f" ({x['tokens_per_forward'] / before['tokens_per_forward']:.2f} times)"
+            cells.append(cell)
+        rows.append(f"| {rung} | `{decoder}` | {' | '.join(cells)} |")
+    best = 100 * max(x["accuracy"] for x in lines)
+    for rung in dict.fromkeys(x["rung"] for x in lines):
+        cells = []
+        for name in names:
+            points = [(x["tokens_per_forward"], 100 * x["accuracy"]) for x in lines if (x["model"], x["rung"]) == (name, rung)]
+            cells.append(f"{aup(points, best):.0f}" if points else "")
+        rows.append(f"| {rung} | AUP | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def findings(lines: Sequence[dict[str, Any]], points: float = 0.01) -> list[str]:
+    """For each trained model the setting where tokens per forward rise most at no more than a point of accuracy lost."""
+    names = list(dict.fromkeys(x["model"] for x in lines))
+    before = {(x["rung"], x["decoder"]): x for x in lines if x["model"] == names[0]}
+    found = []
+    for name in names[1:]:
+        pairs = [
+            (x, before[x["rung"], x["decoder"]]) for x in lines if x["model"] == name and (x["rung"], x["decoder"]) in before
+        ]
+        kept = [(x, y) for x, y in pairs if x["correct"] >= y["correct"] - points * y["problems"] - 1e-9]
+        if not kept:
+            found.append(f"- {name}: no setting at which at most one point of accuracy is lost, of {len(pairs)}.")
+            continue
+        ratios = [x["tokens_per_forward"] / y["tokens_per_forward"] for x, y in kept]
+        x, y = kept[ratios.index(max(ratios))]
+        gain, low, high = difference(x["correct_bits"], y["correct_bits"], x["problems"])
+        found.append(
+            f"- {name}: at most one point of accuracy is lost in {len(kept)} of {len(pairs)} settings, there "
+            f"{min(ratios):.2f} to {max(ratios):.2f} times the tokens per forward; most with {x['rung']}, `{x['decoder']}`: "
+            f"{y['tokens_per_forward']:.2f} to {x['tokens_per_forward']:.2f}, "
+            f"{100 * gain:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})."
+        )
+    return found
+
+
+def draw(lines: Sequence[dict[str, Any]], file: Path) -> None:
+    """Accuracy against tokens per forward: a panel a rung, a line a model."""
+    pyplot = import_pyplot("djax bench distill")
+    rungs, names = (list(dict.fromkeys(x[key] for x in lines)) for key in ("rung", "model"))
+    across = min(3, len(rungs))
+    down = -(-len(rungs) // across)
+    figure, panels = pyplot.subplots(down, across, figsize=(4.6 * across, 3.8 * down), layout="constrained", squeeze=False)
+    for panel, rung in zip(panels.flat, rungs, strict=False):
+        for i, name in enumerate(names):
+            points = sorted(
+                (x for x in lines if (x["rung"], x["model"]) == (rung, name)), key=lambda x: x["tokens_per_forward"]
+            )
+            accuracy = [100 * x["accuracy"] for x in points]
+            below = [100 * (x["accuracy"] - x["accuracy_low"]) for x in points]
+            above = [100 * (x["accuracy_high"] - x["accuracy"]) for x in points]
+            at = [x["tokens_per_forward"] for x in points]
+            panel.errorbar(at, accuracy, yerr=(below, above), marker="osD^v<>P"[i % 8], elinewidth=0.5, label=name)
+        panel.set_title(rung, fontsize=10)
+        panel.grid(alpha=0.3)
+    for panel in panels.flat[len(rungs) :]:
+        panel.set_axis_off()
+    figure.supxlabel("tokens per forward (mean over problems, up to EOS)")
+    figure.supylabel("accuracy, % (bars: 95% Wilson intervals)")
+    panels.flat[0].legend(fontsize=8)
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    figure.savefig(partial, format="png", dpi=130)
+    pyplot.close(figure)
+    os.replace(partial, file)
+
+
+def cost(model: Any, problems: Sequence[Problem], decoder: Any, repeats: int = 7) -> dict[str, Any]:
+    """Seconds per forward of decodes with a trace and without, turn by turn; medians and their ratio."""
+    asked = [p["prompt"] for p in problems[:BATCH]]
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for n in range(repeats + 1):
+        for trace in (False, True) if n % 2 else (True, False):
+            answers = djax.generate(model, asked, decoder=decoder, trace=trace)
+            if n:
+                seconds[trace].append(answers[0].timing.decode / sum(a.forwards for a in answers))
+    without, traced = (statistics.median(seconds[trace]) for trace in (False, True))
+    return {"seconds_per_forward": without, "seconds_per_forward_traced": traced, "ratio": round(traced / without, 4)}
+
+
+def compare(
+    models: Mapping[str, Any],
+    out: Path,
+    *,
+    problems: Sequence[Problem] | None,
+    count: int,
+    verifier: Any,
+    gen_length: int,
+    note: Callable[[str], None],
+) -> str:
+    """A model before and after, on `problems` or so many held-out word problems: ladder.jsonl, .md and .png in `out`."""
+    asked = generated(held_out(count)) if problems is None else problems
+    file = out / "ladder.jsonl"
+    measure(models, asked, file, note=note, verifier=verifier, gen_length=gen_length)
+    lines = read_lines(file)
+    text = "\n".join([table(lines), "", *findings(lines), "", _about(lines)])
+    write(out / "ladder.md", text + "\n")
+    draw(lines, out / "ladder.png")
+    return text
+
+
+def run(
+    run: Distillation,
+    arms: Mapping[str, tuple[Any, ...]],
+    work: Path,
+    out: Path,
+    readme: Path | None,
+    *,
+    model: Any,
+    problems: int,
+    console: Any,
+    note: Callable[[str], None],
+) -> str:
+    """Train every arm (those that are finished in `work` stay), measure all, write the tables. Returns the Markdown."""
+    models, facts = {"before": model}, []
+    for name, objectives in {"control": (Plain(),), **arms}.items():
+        place = work / name.replace(" ", "-")
+        began = time.perf_counter()
+        if (place / "model").exists():
+            models[name] = djax.load(place / "model")
+        else:
+            recipe = dataclasses.replace(run.recipe, objectives=objectives)
+            one = dataclasses.replace(run, recipe=recipe)
+            models[name] = distil(model, one, place, traces=work / "traces", console=console, note=note)
+        known = json.loads((place / "facts.json").read_text())
+        facts.append(
+            {"arm": name, "objectives": repr(objectives), **known, "this_run_seconds": round(time.perf_counter() - began, 1)}
+        )
+        note(f"{name}: {facts[-1]}")
+    asked = generated(held_out(problems))
+    began = time.perf_counter()
+    file = out / "distill.jsonl"
+    measure(models, asked, file, note=note, resume=True)
+    facts.append({"arm": "measuring", "seconds": round(time.perf_counter() - began, 1)})
+    facts.append({"arm": "recording", **cost(model, generated(not_held_out(BATCH)), run.recordings[0].decoder)})
+    write_lines(out / "distill_facts.jsonl", [x | circumstances() for x in facts])
+    return finish(out, readme)
+
+
+def finish(out: Path, readme: Path | None) -> str:
+    """distill.md, distill.png and the README's part from the lines."""
+    lines, facts = read_lines(out / "distill.jsonl"), read_lines(out / "distill_facts.jsonl")
+    text = "\n".join([table(lines), "", *findings(lines), *_told(facts), "", _about(lines)])
+    write(out / "distill.md", f"# What distillation buys\n\n{text}\n")
+    draw(lines, out / "distill.png")
+    put(readme, "distill", text)
+    return text
+
+
+def _about(lines: Sequence[dict[str, Any]]) -> str:
+    x = lines[0]
+    return (
+        f"{x['problems']} held-out problems, gen_length {x['gen_length']}, {x['dtype']}, block_length 32 where nothing else is "
+        "said. "
+        f"{x['hardware']}, {x['threads']} threads, {x['allocator']} allocator, jax {x['jax']}, commit "
+        f"{', '.join(sorted({str(line['commit']) for line in lines}))}; `{x['command']}`."
+    )
+
+
+def _told(facts: Sequence[dict[str, Any]]) -> list[str]:
+    """The facts in sentences, a line each."""
+    told = []
+    for x in facts:
+        if "kept" in x:
+            told.append(
+                f"- {x['arm']}: `{x['objectives']}`; {x['kept']} of {x['trajectories']} trajectories kept "
+                f"({x['bytes'] / x['trajectories']:.0f} bytes each); record {x['record_seconds']:.0f} s, "
+                f"filter {x['filter_seconds']:.0f} s, train {x['train_seconds']:.0f} s."
+            )
+        elif "ratio" in x:
+            told.append(
+                f"- Recording: {1e6 * x['seconds_per_forward_traced']:.0f} against {1e6 * x['seconds_per_forward']:.0f} "
+                f"microseconds a row's forward, {x['ratio']:.3f} times."
+            )
+    return told

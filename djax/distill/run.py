@@ -1,0 +1,204 @@
+"""The whole loop: record how a model answers, keep what is right, train on it, and see what that bought."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from djax import checkpoint
+from djax.checks import integer, number
+from djax.distill import verify
+from djax.distill.recording import record
+from djax.distill.settings import Settings
+from djax.distill.store import Problem, Trajectory, write
+from djax.distill.trainer import Recipe, train
+from djax.errors import OptionError, TraceError
+from djax.generate import generate
+from djax.model import Model
+from djax.training import problems as word_problems
+from djax.training.evaluate import Report, report
+
+# Problems decoded together while recording. Changes no trajectory.
+BATCH = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """One run of the loop.
+
+    problems:  how many generated word problems to record, where no others are given; problem_seed: which.
+    recordings: how the teacher decodes, each recorded over all problems.
+    samples:   trajectories a problem and recording; above 1 they need a temperature in each recording.
+    least:     the score from which on an answer is kept.
+    recipe:    how to train.
+    decoding:  how the held-out problems are answered while training.
+    validation: how many of the held-out problems that is.
+    """
+
+    problems: int = 4000
+    problem_seed: int = 0
+    recordings: tuple[Settings, ...] = (Settings(),)
+    samples: int = 1
+    least: float = 1.0
+    recipe: Recipe = Recipe()  # noqa: RUF009  (frozen, so one default is one value)
+    decoding: Settings = Settings()  # noqa: RUF009
+    validation: int = 200
+
+    def __post_init__(self) -> None:
+        for name in ("problems", "samples", "validation"):
+            integer(self, name, at_least=1)
+        integer(self, "problem_seed", at_least=0)
+        number(self, "least", at_least=0, at_most=1)
+        if not self.recordings:
+            raise OptionError("Distillation(recordings=...): expected at least one way to decode, got none")
+
+
+def read_problems(file: Path, name: str) -> list[Problem]:
+    """Problems from JSON lines. Raises `OptionError`, which names the option and the line."""
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"{name}: {file} cannot be read: {error}") from error
+    problems = []
+    for n, line in enumerate(lines, 1):
+        try:
+            problem = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            raise OptionError(f"{name}: {file}, line {n} is no JSON: {error}") from error
+        if problem is not None:
+            if not isinstance(problem, dict) or not isinstance(problem.get("prompt"), str | list):
+                raise OptionError(f'{name}: {file}, line {n}: expected an object with a "prompt", text or messages')
+            problems.append(problem)
+    if not problems:
+        raise OptionError(f"{name}: {file} has no problems")
+    return problems
+
+
+def generated(problems: Sequence[word_problems.Problem]) -> list[Problem]:
+    """Word problems as `record` takes them."""
+    return [{"prompt": p.question, "result": p.result} for p in problems]
+
+
+def judge(
+    model: Model,
+    problems: Sequence[Problem],
+    verifier: verify.Verifier | str,
+    *,
+    least: float = 1.0,
+    verifier_seconds: float = 60.0,
+    max_batch: int = 25,
+    progress: Callable[[int], None] | None = None,
+    **options: Any,
+) -> Report:
+    """Answer problems (as `record` takes them) by `djax.generate`'s options and count; right is a score of at least `least`."""
+    check, answers = verify.known(verifier), []
+    for i in range(0, len(problems), max_batch):
+        answers += generate(model, [p["prompt"] for p in problems[i : i + max_batch]], **options)
+        if progress is not None:
+            progress(len(answers))
+    asked = (
+        verify.ask(check, p, a.text or "", verifier_seconds, f"problem {n}")
+        for n, (p, a) in enumerate(zip(problems, answers, strict=True))
+    )
+    return report(answers, [score >= least for score in asked])
+
+
+def quality(now: Report, before: Report, gamma: float = 4.0) -> float:
+    """SchED's speed-up punished for lost accuracy: tokens per forward against before times (accuracy against before)^gamma."""
+    accuracy = now.accuracy / before.accuracy if before.accuracy else 1.0
+    return now.tokens_per_forward / max(before.tokens_per_forward, 1e-9) * accuracy**gamma
+
+
+def recorded(
+    model: Model,
+    run: Distillation,
+    traces: Path,
+    problems: Sequence[Problem],
+    verifier: verify.Verifier | str,
+    note: Callable[[str], None],
+) -> tuple[list[Trajectory], dict[str, Any]]:
+    """Record, or go on recording, and filter. Returns what is kept, and how many that is of how many, bytes and seconds."""
+    kept: list[Trajectory] = []
+    facts: dict[str, Any] = {"trajectories": 0, "kept": 0, "bytes": 0}
+    began = time.perf_counter()
+    for n, settings in enumerate(run.recordings):
+        total = len(problems) * run.samples
+
+        def told(done: int, name: str = f"recording {n + 1}", total: int = total) -> None:
+            if done % 500 == 0:
+                note(f"{name}: {done} of {total}, {time.perf_counter() - began:.0f} s")
+
+        options = dict(samples=run.samples, max_batch=BATCH, progress=told)
+        store = record(model, problems, traces / str(n), **options, **settings.options())
+        recording = time.perf_counter()
+        kept += verify.keep(store, verifier, least=run.least)
+        facts["trajectories"] += total
+        facts["bytes"] += store.bytes
+        facts["filter_seconds"] = round(facts.get("filter_seconds", 0.0) + time.perf_counter() - recording, 2)
+    facts["kept"] = len(kept)
+    note(f"{len(kept)} of {facts['trajectories']} trajectories kept")
+    facts["record_seconds"] = round(time.perf_counter() - began - facts["filter_seconds"], 2)
+    return kept, facts
+
+
+def distil(
+    model: Model,
+    run: Distillation,
+    directory: str | Path,
+    *,
+    problems: Sequence[Problem] | None = None,
+    held_out: Sequence[Problem] | None = None,
+    verifier: verify.Verifier | str = "exact",
+    traces: str | Path | None = None,
+    console: Any = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> Model:
+    """Record, filter, train; the best model stands in `directory`/model in HF layout. A run that was killed goes on.
+
+    problems, held_out: mappings with a "prompt" and what the verifier needs; by default generated word problems, and ones never
+    trained on. `directory` also gets traces/ (a store a recording; `traces` is another place for them, which runs may share),
+    training/ (`train`) and facts.json. Raises `OptionError` if it holds a
+    finished run, and what `record`, `verify.keep` and `train` raise.
+    """
+    directory = Path(directory).expanduser()
+    if (directory / "model").exists():
+        raise OptionError(f"{directory / 'model'}: this run is finished; choose another directory or remove it")
+    if problems is None:
+        problems = generated(word_problems.not_held_out(run.problems, run.problem_seed))
+    if held_out is None:
+        held_out = generated(word_problems.held_out(run.validation, seed=1))
+    verify.need([*problems, *held_out], verifier)
+    seen = {json.dumps(p["prompt"]) for p in problems} & {json.dumps(p["prompt"]) for p in held_out}
+    if seen:
+        raise OptionError(f"held_out: expected problems that are not trained on, {len(seen)} are: {sorted(seen)[0]:.80}")
+    kept, facts = recorded(model, run, Path(traces or directory / "traces"), problems, verifier, note)
+    options = run.decoding.options()
+
+    def evaluated(model: Model) -> Report:
+        return judge(model, held_out, verifier, least=run.least, **options)
+
+    before = _before(directory / "before.json", lambda: evaluated(model))
+
+    def evaluate(model: Model) -> Mapping[str, float]:
+        now = evaluated(model)
+        figures = {"accuracy": round(now.accuracy, 4), "tokens_per_forward": now.tokens_per_forward}
+        return {"score": round(quality(now, before), 4), **figures}
+
+    began = time.perf_counter()
+    trained = train(model, kept, run.recipe, directory / "training", evaluate=evaluate, console=console)
+    facts["train_seconds"] = round(time.perf_counter() - began, 2)
+    write(directory / "facts.json", (json.dumps(facts, indent=1) + "\n").encode())
+    checkpoint.export_hf(trained, directory / "model")
+    return trained
+
+
+def _before(file: Path, ask: Callable[[], Report]) -> Report:
+    """What the untrained model does on the held-out problems, asked once a run."""
+    if not file.exists():
+        write(file, (json.dumps(dataclasses.asdict(ask())) + "\n").encode())
+    try:
+        return Report(**json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise TraceError(f"{file}: cannot be read: {error}; remove it") from error

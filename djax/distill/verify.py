@@ -1,0 +1,191 @@
+"""Which answers are right: verifiers, asked under a time limit, and the two that ship.
+
+A verifier is a function (problem, answer) -> score: the problem as it was given to `record` (a mapping with its "prompt"), the
+answer's text, and a number from 0 to 1, or a bool. An answer is kept when its score reaches a limit.
+"""
+
+import contextlib
+import math
+import numbers
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from djax.distill.store import Problem, Store, Trajectory
+from djax.errors import OptionError, TraceError, VerifierError
+from djax.training.problems import stated_result
+
+Verifier = Callable[[Problem, str], float]
+
+
+def exact(problem: Problem, answer: str) -> float:
+    """1 if the number after the answer's last `####` is the problem's "result"."""
+    return float(stated_result(answer) == problem["result"])
+
+
+def python(problem: Problem, answer: str, *, seconds: float = 10.0, megabytes: int = 1024) -> float:
+    """1 if the answer, a Python snippet or a Markdown text with one, runs and the problem's "tests" (Python) pass after it.
+
+    It runs in a process of its own, which is killed with all its children when the time is over: isolated mode, an empty
+    directory and environment, nothing on standard input; limits of the system on processor time, memory and file size, no new
+    processes where the system counts them per user; no sockets, no writing of files, no other programs by an audit hook.
+    That holds off accidents and careless code. It is no prison: for code that is meant to harm use a container besides.
+    """
+    done = secrets.token_hex(16)
+    source = f"{snippet(answer)}\n\n{problem['tests']}\n"
+    with tempfile.TemporaryDirectory(prefix="djax-sandbox-") as directory:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-B", "-c", _RUNNER, str(math.ceil(seconds)), str(megabytes << 20)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=directory,
+            env={},
+            start_new_session=True,
+        )
+        try:
+            out, _ = process.communicate(f"{done}\n{source}".encode(), timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return 0.0
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    # Exit codes prove nothing: the snippet may have left early.
+    return float(process.returncode == 0 and out.decode(errors="replace") == done)
+
+
+def snippet(answer: str) -> str:
+    """The code in an answer: its first fenced block, or all of it."""
+    parts = answer.split("```")
+    if len(parts) < 3:
+        return answer
+    language, _, rest = parts[1].partition("\n")
+    return rest if language.strip().lower() in ("", "python", "py", "python3") else parts[1]
+
+
+# What runs in the sandbox: reads a word and the source, limits itself, runs the source, and says the word if it came through.
+_RUNNER = """
+import os, resource, sys
+word, source = sys.stdin.buffer.read().decode().split("\\n", 1)
+seconds, size = int(sys.argv[1]), int(sys.argv[2])
+say = os.dup(1)
+null = os.open(os.devnull, os.O_RDWR)
+for fd in (0, 1, 2):
+    os.dup2(null, fd)
+for what, limit in (("CPU", seconds), ("AS", size), ("FSIZE", 0), ("NOFILE", 64), ("CORE", 0), ("NPROC", 0)):
+    hard = resource.getrlimit(getattr(resource, "RLIMIT_" + what))[1]
+    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(getattr(resource, "RLIMIT_" + what), (limit, limit))
+
+def hook(event, arguments, writing=os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND):
+    kind = event.split(".")[0]
+    refused = kind in ("socket", "subprocess", "ctypes", "pty", "shutil", "ftplib", "smtplib", "urllib", "fcntl")
+    refused |= kind == "os" and event not in ("os.listdir", "os.scandir", "os.fwalk", "os.walk", "os.putenv", "os.unsetenv")
+    if event == "open":
+        refused = bool(arguments[2] & writing) if isinstance(arguments[2], int) else True
+    if refused or event == "signal.pthread_kill":
+        raise PermissionError(event + " is not allowed here")
+
+code = compile(source, "answer.py", "exec")
+names = {"__name__": "__main__"}
+sys.addaudithook(hook)
+def run(code, names):
+    exec(code, names)
+run(code, names)
+os.write(say, word.encode())
+os._exit(0)
+"""
+
+VERIFIERS: dict[str, Verifier] = {"exact": exact, "python": python}
+
+
+def ask(verifier: Verifier, problem: Problem, answer: str, seconds: float, where: str) -> float:
+    """The verifier's score. Raises `VerifierError`, naming `where`, if it raises, takes longer than `seconds` or says no score.
+
+    A verifier that hangs is left behind in a thread that does not keep the process from ending.
+    """
+    said: list[Any] = []
+    raised: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            said.append(verifier(problem, answer))
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=call, daemon=True, name="djax verifier")
+    thread.start()
+    thread.join(seconds)
+    name = getattr(verifier, "__name__", repr(verifier))
+    if thread.is_alive():
+        raise VerifierError(
+            f"{where}: the verifier {name} has said nothing for {seconds:g} s; mend it, or pass more verifier_seconds"
+        )
+    if raised:
+        error = raised[0]
+        raise VerifierError(f"{where}: the verifier {name} raised {type(error).__name__}: {error}") from error
+    score = said[0]
+    if not isinstance(score, numbers.Real) or not 0 <= score <= 1:
+        raise VerifierError(f"{where}: the verifier {name} said {score!r}; expected a number from 0 to 1, or a bool")
+    return float(score)
+
+
+def keep(
+    store: Store,
+    verifier: Verifier | str,
+    *,
+    least: float = 1.0,
+    verifier_seconds: float = 60.0,
+    progress: Callable[[int], None] | None = None,
+) -> list[Trajectory]:
+    """The trajectories whose answer's score is at least `least`, in the store's order.
+
+    verifier: a function, or the name of one that ships. Scores are kept beside the parts under its name, so an answer is asked
+    about once; a verifier of your own that changes wants another name. `progress` is called with the number done. Raises
+    `VerifierError` (what was scored before it is kept), `TraceError` if nothing is kept.
+    """
+    check = known(verifier)
+    name = verifier if isinstance(verifier, str) else getattr(verifier, "__name__", type(verifier).__name__)
+    kept, count, best = [], 0, 0.0
+    for n in range(store.parts):
+        part = store.part(n)
+        scores = store.scores(n, name)
+        if scores is None or len(scores) != len(part):
+            where = f"{store.directory}, part {n}, trajectory "
+            scores = [ask(check, t.problem, t.text or "", verifier_seconds, where + str(i)) for i, t in enumerate(part)]
+            store.write_scores(n, name, scores)
+        kept += [t for t, score in zip(part, scores, strict=True) if score >= least]
+        count += len(part)
+        best = max([best, *scores])
+        if progress is not None:
+            progress(count)
+    if not kept:
+        raise TraceError(
+            f"{store.directory}: none of {count} trajectories has a score of {least:g} by the verifier {name} (the best has "
+            f"{best:g}); record more, with surer settings, or look whether the verifier reads these answers"
+        )
+    return kept
+
+
+def known(verifier: Verifier | str) -> Verifier:
+    if callable(verifier):
+        return verifier
+    if verifier not in VERIFIERS:
+        raise OptionError(f"verifier: expected a function or one of {', '.join(VERIFIERS)}, got {verifier!r}")
+    return VERIFIERS[verifier]
+
+
+def need(problems: Sequence[Mapping[str, Any]], verifier: Verifier | str) -> None:
+    """Raise `OptionError` if the shipped verifier's field is missing in a problem."""
+    field = {"exact": "result", "python": "tests"}.get(verifier if isinstance(verifier, str) else "")
+    if field is not None:
+        for n, problem in enumerate(problems):
+            if field not in problem:
+                raise OptionError(f"problem {n}: the verifier {verifier} needs its {field!r}; it has {', '.join(problem)}")
