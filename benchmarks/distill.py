@@ -22,7 +22,7 @@ import djax
 from djax.benchmarks.circumstances import circumstances
 from djax.benchmarks.ladder import Rung, hierarchies, import_pyplot, thresholds
 from djax.benchmarks.report import put, read_lines, write, write_lines
-from djax.distill import Distillation, Plain, distil, judge
+from djax.distill import Distillation, distil, judge
 from djax.distill.run import generated
 from djax.distill.store import Problem
 from djax.plugs import parse
@@ -217,7 +217,7 @@ def run(
 ) -> str:
     """Train every arm (those that are finished in `work` stay), measure all, write the tables. Returns the Markdown."""
     models, facts = {"before": model}, []
-    for name, objectives in {"control": (Plain(),), **arms}.items():
+    for name, objectives in arms.items():
         place = work / name.replace(" ", "-")
         began = time.perf_counter()
         if (place / "model").exists():

@@ -460,11 +460,11 @@ def _config(name: str, kind: type) -> Any:
     from djax import configs
 
     there = sorted(p.stem for p in Path(configs.__file__).parent.glob("*.py") if p.stem != "__init__")
-    runs = {n: importlib.import_module(f"djax.configs.{n}").RUN for n in ([name] if name in there else there)}
-    fitting = [n for n, run in runs.items() if isinstance(run, kind)]
+    runs = {n: importlib.import_module(f"djax.configs.{n}").RUN for n in there}
+    fitting = {n: run for n, run in runs.items() if isinstance(run, kind)}
     if name not in fitting:
         raise OptionError(f"config: unknown {name!r}; there are: {', '.join(fitting)}")
-    return runs[name]
+    return fitting[name]
 
 
 @dataclasses.dataclass

@@ -24,6 +24,8 @@ from djax.errors import CheckpointError, PathError, UnsupportedModelError
 from djax.models import FAMILIES
 
 SHIPPED = Path(__file__).parent / "small"
+# Others that ship, by name.
+NAMED = {"tiny-td": Path(__file__).parent / "tiny_td"}
 MANIFEST, ORBAX = "djax.json", "params"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # How tokenizers of known families spell the mask, for those that do not declare it as their mask token.
@@ -121,6 +123,8 @@ def opened(path: str | os.PathLike | None, dtype: str | None = None, examine: Ex
 def find(path: str | os.PathLike | None) -> Path:
     """The directory of a checkpoint: as it is, or fetched from the hub. Raises `PathError`."""
     directory = SHIPPED if path is None else Path(path).expanduser()
+    if not directory.exists():
+        directory = NAMED.get(str(path), directory)
     if not directory.exists() and _HUB_ID.fullmatch(str(path)):
         return _fetch(str(path))
     if not directory.is_dir():

@@ -56,6 +56,12 @@ def surprise(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
 
 
+def entropy(logits: jax.Array) -> jax.Array:
+    """Of the softmax of each position, in nats, `[L]`."""
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+
+
 @pytree
 @dataclasses.dataclass(frozen=True)
 class Compression:
@@ -64,11 +70,18 @@ class Compression:
     Of two states of a trajectory the earlier one is shown, and the tokens revealed between them are to be predicted: the sum of
     their -log p, over the block length (a constant, so that a pair counts as much as it reveals, as in the paper). Positions
     outside get exactly zero gradient. pairs: which states (`pairs.py`).
+
+    beta above 0 also forces certainty there, as dParallel does on masks drawn at random: beta times the entropy of
+    softmax(logits / temperature) on those positions whose likeliest token is right.
     """
 
     pairs: Any = Uniform()  # noqa: RUF009  (frozen, so one default is one value)
+    beta: float = 0.0
+    temperature: float = 0.5
 
     def __post_init__(self) -> None:
+        number(self, "beta", at_least=0)
+        number(self, "temperature", above=0)
         plug(self.pairs, "Compression(pairs=...)", ("draw",), "Uniform(...), Stride(...), Curriculum(...)")
 
     def views(self, key: jax.Array, row: Row, progress: jax.Array, mask_id: int) -> tuple[View, ...]:
@@ -89,7 +102,10 @@ class Compression:
 
     def loss(self, logits: jax.Array, tokens: jax.Array, view: View) -> tuple[jax.Array, dict[str, jax.Array]]:
         loss = jnp.sum(jnp.where(view.target, surprise(logits, tokens), 0.0)) * view.weight
-        return loss, {"compression": loss, "jump": jnp.sum(view.target).astype(jnp.float32)}
+        parts = {"compression": loss, "jump": jnp.sum(view.target).astype(jnp.float32)}
+        right = view.target & (jnp.argmax(logits, axis=-1) == tokens)
+        unsure = jnp.sum(jnp.where(right, entropy(logits / self.temperature), 0.0)) * view.weight
+        return loss + self.beta * unsure, parts | {"entropy": unsure, "right": _mean(right.astype(jnp.float32), view.target)}
 
 
 @pytree
@@ -129,10 +145,9 @@ class Certainty:
     def loss(self, logits: jax.Array, tokens: jax.Array, view: View) -> tuple[jax.Array, dict[str, jax.Array]]:
         right = view.target & (jnp.argmax(logits, axis=-1) == tokens)
         cross_entropy = _mean(surprise(logits, tokens), view.target)
-        log_p = jax.nn.log_softmax(logits / self.temperature, axis=-1)
-        entropy = _mean(-jnp.sum(jnp.exp(log_p) * log_p, axis=-1), right)
-        parts = {"cross entropy": cross_entropy, "entropy": entropy, "right": _mean(right.astype(jnp.float32), view.target)}
-        return cross_entropy + self.beta * entropy, parts
+        unsure = _mean(entropy(logits / self.temperature), right)
+        parts = {"cross entropy": cross_entropy, "entropy": unsure, "right": _mean(right.astype(jnp.float32), view.target)}
+        return cross_entropy + self.beta * unsure, parts
 
 
 @pytree

@@ -169,6 +169,7 @@ def distil(
         problems = generated(word_problems.not_held_out(run.problems, run.problem_seed))
     if held_out is None:
         held_out = generated(word_problems.held_out(run.validation, seed=1))
+    verify.known(verifier)
     verify.need([*problems, *held_out], verifier)
     seen = {json.dumps(p["prompt"]) for p in problems} & {json.dumps(p["prompt"]) for p in held_out}
     if seen:
@@ -179,6 +180,7 @@ def distil(
     def evaluated(model: Model) -> Report:
         return judge(model, held_out, verifier, least=run.least, **options)
 
+    directory.mkdir(parents=True, exist_ok=True)
     before = _before(directory / "before.json", lambda: evaluated(model))
 
     def evaluate(model: Model) -> Mapping[str, float]:
