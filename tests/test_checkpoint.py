@@ -226,6 +226,28 @@ def test_rotary_settings_in_a_table_of_their_own(copy, moe_a):
     assert djax.load(copy).config == moe_a.config
 
 
+def test_illada_is_llada_with_another_mask(tmp_path, dense):
+    """iLLaDA-8B runs LLaDA's code with mask id 5. So does LLaDA with the two ids' rows exchanged, and answers the same."""
+    directory = tmp_path / "illada"
+    shutil.copytree(GOLDENS / "dense", directory)
+    hf = json.loads((directory / "config.json").read_text())
+    mask, order = hf["mask_token_id"], np.arange(hf["vocab_size"])
+    order[[5, mask]] = mask, 5
+    (directory / "config.json").write_text(json.dumps(hf | {"mask_token_id": 5}))
+    exchanged = {
+        n: t[order] if n.endswith(("wte.weight", "ff_out.weight")) and "blocks" not in n else t
+        for n, t in tensors(directory).items()
+    }
+    save_file(exchanged, directory / "model.safetensors")
+    illada = djax.load(directory)
+    assert (illada.config.mask_id, dense.config.mask_id) == (5, mask)
+    options = dict(gen_length=16, block_length=8, early_stop=False)
+    wanted, found = (djax.generate(model, [1, 2, 3], **options) for model in (dense, illada))
+    assert found.forwards == wanted.forwards
+    np.testing.assert_array_equal(found.canvas, order[wanted.canvas])
+    assert 5 not in found.canvas
+
+
 def test_config_that_is_not_json(copy):
     for text in ("{", "[]"):
         (copy / "config.json").write_text(text)
