@@ -5,6 +5,8 @@ import json
 import os
 import random
 import re
+import resource
+import signal
 import subprocess
 import sys
 import time
@@ -271,19 +273,28 @@ def test_what_does_not_fit_is_said(whole, tmp_path):
     assert not (tmp_path / "a").exists(), "nothing is half-written"
 
 
-def test_a_full_disk_is_said_and_training_goes_on_later(whole, tmp_path, monkeypatch):
-    original, calls = trainer._append, []
+def fill_the_disk(directory, what):
+    """Train with a disk that is full from the ninth update on: this process can write no file of over a kilobyte, or none at
+    all, any more. Fails unless that is said."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    original = trainer._append
 
-    def full(file, entry):
-        calls.append(entry)
-        if len(calls) == 5:
-            raise OSError(28, "No space left on device")
+    def append(file, entry):
+        if entry["step"] == 9:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (what, resource.RLIM_INFINITY))
         original(file, entry)
 
-    monkeypatch.setattr(trainer, "_append", full)
-    with pytest.raises(TrainingError, match=r"cannot be written: .*No space left on device; what was saved before is there"):
-        run(tmp_path)
-    monkeypatch.setattr(trainer, "_append", original)
+    trainer._append = append
+    with pytest.raises(TrainingError, match=r"cannot be written: .*File too large.*; what was saved before is there"):
+        run(directory)
+
+
+@pytest.mark.parametrize("what", [0, 1000])
+def test_a_full_disk_is_said_and_training_goes_on_later(whole, tmp_path, what):
+    """The log's own line, or a checkpoint that is written beside the next updates."""
+    assert killed.end(killed.start(fill_the_disk, tmp_path, what))
+    assert {"3", "6"} & {p.name for p in (tmp_path / "checkpoints").iterdir()}, "6 may still have been under way"
     same(run(tmp_path), whole[0])
 
 

@@ -9,7 +9,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +30,7 @@ from djax.distill import lora as low_rank
 from djax.distill.lora import Lora
 from djax.distill.objectives import Compression, Row
 from djax.distill.store import Trajectory, checksum, write
-from djax.errors import OptionError, TrainingError
+from djax.errors import DjaxError, OptionError, TrainingError
 from djax.model import Model, computing
 from djax.sharding import DATA
 from djax.training.objective import balance_loss
@@ -335,18 +336,18 @@ def train(
     log = directory / "log.jsonl"
     columns = ("{task.description}", "loss {task.fields[loss]:.4f}", "{task.fields[rate]:,.0f} tokens/s")
     bar = Progress(*map(TextColumn, columns), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
-    place = orbax.Checkpointer(
+    saved = orbax.Checkpointer(
         (directory / "checkpoints").resolve(),
         preservation_policy=policies.AnyPreservationPolicy(keep),
         cleanup_tmp_directories=True,
     )
     try:
-        with place as saved, bar:
-            if saved.latest is not None:
-                state = saved.load(saved.latest.step, state)
-            first = int(state.step)
-            _forget_after(log, first)
-            _forget_after(directory / "evaluations.jsonl", first)
+        if saved.latest is not None:
+            state = saved.load(saved.latest.step, state)
+        first = int(state.step)
+        _forget_after(log, first)
+        _forget_after(directory / "evaluations.jsonl", first)
+        with bar:
             task = bar.add_task("training", total=recipe.steps, completed=first, loss=float("nan"), rate=0.0)
             began, seen, pending = time.perf_counter(), 0, []
             for step in range(first, recipe.steps):
@@ -373,12 +374,26 @@ def train(
                 if saving or evaluating:
                     # A copy, since the next update takes over the state's memory while this one is written.
                     copy = jax.tree.map(jnp.copy, state)
-                    saved.save_async(done, copy, force=True, metrics=None if figures is None else {"score": figures["score"]})
-        with orbax.Checkpointer((directory / "checkpoints").resolve()) as saved:
-            scored = [c for c in saved.checkpoints if c.metrics and "score" in c.metrics]
-            best = max(scored, key=lambda c: (c.metrics["score"], c.step), default=saved.latest)
-            return _model(model, recipe, frozen, saved.load(best.step, state).params)
-    except OSError as error:
+                    metrics = None if figures is None else {"score": figures["score"]}
+                    with _writing(directory):
+                        saved.save_async(done, copy, force=True, metrics=metrics)
+    finally:
+        with _writing(directory):
+            saved.close()
+    with orbax.Checkpointer((directory / "checkpoints").resolve()) as saved:
+        scored = [c for c in saved.checkpoints if c.metrics and "score" in c.metrics]
+        best = max(scored, key=lambda c: (c.metrics["score"], c.step), default=saved.latest)
+        return _model(model, recipe, frozen, saved.load(best.step, state).params)
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """What files and Orbax raise while the disk is full, or a directory is gone, as `TrainingError`."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, DjaxError):
+            raise
         raise TrainingError(
             f"{directory}: cannot be written: {error}; what was saved before is there, start again to go on"
         ) from error
@@ -461,7 +476,7 @@ def _checked(pending: list[tuple], examples: Examples) -> dict[str, Any]:
 
 
 def _append(file: Path, entry: Mapping[str, Any]) -> None:
-    with file.open("a") as out:
+    with _writing(file.parent), file.open("a") as out:
         print(json.dumps(entry), file=out, flush=True)
 
 
