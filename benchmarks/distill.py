@@ -8,6 +8,7 @@ made from those lines alone. The area under a curve is d3LLM's AUP (arXiv 2601.0
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -24,7 +25,8 @@ from djax.benchmarks.ladder import Rung, hierarchies, import_pyplot, thresholds
 from djax.benchmarks.report import put, read_lines, write, write_lines
 from djax.distill import Distillation, distil, judge
 from djax.distill.run import generated
-from djax.distill.store import Problem
+from djax.distill.store import Problem, checksum
+from djax.errors import OptionError
 from djax.plugs import parse
 from djax.training.evaluate import difference
 from djax.training.problems import held_out, not_held_out
@@ -56,19 +58,27 @@ def measure(
     from djax.decoding import DECODERS
 
     lines = read_lines(file) if resume and file.exists() else []
-    there = {(x["model"], x["rung"], x["decoder"]) for x in lines}
+    asked = hashlib.sha256(json.dumps([dict(p) for p in problems]).encode()).hexdigest()[:16]
     now = circumstances()
     for name, model in models.items():
+        of = {"weights": checksum(model)[:16], "asked": asked, "gen_length": gen_length}
+        if any(x["model"] == name and {key: x[key] for key in of} != of for x in lines):
+            raise OptionError(f"{file}: holds points of another model {name!r} or of other problems; remove it to measure anew")
+        there = {(x["rung"], x["decoder"]) for x in lines if x["model"] == name}
         for rung in RUNGS:
+            cache = parse(rung.cache, CACHES, "cache")
+            if model.block_causal and rung.cache != "none":
+                note(f"{name}, {rung.name}: left out, this family's cache is Block()")
+                continue
             for text in rung.decoders:
-                if (name, rung.name, text) in there:
+                if (rung.name, text) in there:
                     continue
-                decoder, cache = parse(text, DECODERS, "decoder"), parse(rung.cache, CACHES, "cache")
+                decoder = parse(text, DECODERS, "decoder")
                 options = dict(gen_length=gen_length, block_length=rung.block_length, decoder=decoder, cache=cache)
                 report = judge(model, problems, verifier, max_batch=BATCH, **options)
                 lines.append(
-                    {"model": name, "rung": rung.name, "decoder": text, "cache": rung.cache}
-                    | {"gen_length": gen_length, "block_length": rung.block_length, "batch": BATCH, "dtype": str(model.dtype)}
+                    {"model": name, **of, "rung": rung.name, "decoder": text, "cache": rung.cache}
+                    | {"block_length": rung.block_length, "batch": BATCH, "dtype": str(model.dtype)}
                     | dataclasses.asdict(report)
                     | now
                 )
@@ -82,6 +92,8 @@ def aup(points: Sequence[tuple[float, float]], best: float, alpha: float = 3.0, 
 
     points: (tokens per forward, accuracy in %). best: the highest accuracy of all that is compared.
     """
+    if best <= 0:
+        return 0.0
     points = sorted(points)
     points = [(rho, y) for rho, y in points if y >= points[0][1] - lost]
     weighted = [(rho, y * min(math.exp(-alpha * (1 - y / best)), 1.0)) for rho, y in points]
@@ -195,7 +207,7 @@ def compare(
     """A model before and after, on `problems` or so many held-out word problems: ladder.jsonl, .md and .png in `out`."""
     asked = generated(held_out(count)) if problems is None else problems
     file = out / "ladder.jsonl"
-    measure(models, asked, file, note=note, verifier=verifier, gen_length=gen_length)
+    measure(models, asked, file, note=note, verifier=verifier, gen_length=gen_length, resume=True)
     lines = read_lines(file)
     text = "\n".join([table(lines), "", *findings(lines), "", _about(lines)])
     write(out / "ladder.md", text + "\n")
@@ -221,7 +233,7 @@ def run(
         place = work / name.replace(" ", "-")
         began = time.perf_counter()
         if (place / "model").exists():
-            models[name] = djax.load(place / "model")
+            models[name] = djax.load(place / "model", dtype=str(model.dtype))
         else:
             recipe = dataclasses.replace(run.recipe, objectives=objectives)
             one = dataclasses.replace(run, recipe=recipe)

@@ -376,6 +376,10 @@ class Distill:
     """Where trajectories are, or go (default: OUT/traces). Runs may share them."""
     recordings: tuple[str, ...] | None = None
     """How the teacher decodes, one or several: 'Settings(gen_length=256, block_length=32, decoder=Threshold(0.9))'."""
+    decoding: str | None = None
+    """How held-out problems are answered to choose the best, written as in --recordings."""
+    validation: int | None = None
+    """By how many held-out problems the best is chosen."""
     problems: int | None = None
     """How many word problems to generate."""
     samples: int | None = None
@@ -403,8 +407,8 @@ class Distill:
     """Of order and noise."""
     eval: bool = False
     """Then compare before and after on the ladder: ladder.jsonl, ladder.md and ladder.png in OUT."""
-    eval_problems: int = 500
-    """How many held-out word problems that takes; of --held-out, the first ones."""
+    eval_problems: int | None = None
+    """How many held-out word problems that takes (default: 500), or of --held-out, those after --validation."""
 
     def run(self, console: Console) -> None:
         import djax
@@ -412,19 +416,34 @@ class Distill:
         from djax.distill.run import distil, read_problems
 
         run = self._run()
+        if self.problems is not None and self.prompts is not None:
+            raise OptionError("--problems: expected without --prompts, which are the problems")
+        if self.eval_problems is not None and not self.eval:
+            raise OptionError("--eval-problems: expected with --eval")
         if (self.prompts is None) != (self.held_out is None):
             raise OptionError("--prompts and --held-out go together: what is judged by must not be trained on")
         problems = None if self.prompts is None else read_problems(self.prompts, "--prompts")
         held_out = None if self.held_out is None else read_problems(self.held_out, "--held-out")
-        whole_number(self.eval_problems, "--eval-problems", at_least=1)
+        count = whole_number(500 if self.eval_problems is None else self.eval_problems, "--eval-problems", at_least=1)
+        # By the first ones the best is chosen; what it is worth the others say.
+        rest = None if held_out is None else held_out[run.validation :][:count]
+        if self.eval and rest is not None and not rest:
+            raise OptionError(
+                f"--held-out: expected more than {run.validation} problems with --eval: by so many the best is chosen, got "
+                f"{len(held_out)}; --validation changes it"
+            )
         mesh = None if self.devices == self.data == 1 else djax.mesh(model=self.devices, data=self.data)
         model = djax.load(self.model, dtype=self.dtype, mesh=mesh)
         options = dict(problems=problems, held_out=held_out, verifier=self.verifier, traces=self.traces, console=console)
-        trained = distil(model, run, self.out, note=_note(console), **options)
+        if self.eval and (self.out / "model").exists():
+            # A run that is finished can still be measured.
+            trained = djax.load(self.out / "model", dtype=str(model.dtype), mesh=mesh)
+        else:
+            trained = distil(model, run, self.out, note=_note(console), **options)
         if self.eval:
             from djax.benchmarks import distill as benchmark
 
-            options = dict(problems=held_out and held_out[: self.eval_problems], count=self.eval_problems)
+            options = dict(problems=rest, count=count)
             options |= dict(verifier=self.verifier, gen_length=run.decoding.gen_length, note=_note(console))
             print(benchmark.compare({"before": model, "after": trained}, self.out, **options))
         print(self.out / "model")
@@ -446,7 +465,9 @@ class Distill:
             recipe["muon"] = self.muon or None
         if self.remat:
             recipe["remat"] = True
-        more = {"problems": self.problems, "samples": self.samples}
+        more = {"problems": self.problems, "samples": self.samples, "validation": self.validation}
+        if self.decoding is not None:
+            more["decoding"] = Settings.read(self.decoding, "--decoding")
         if self.recordings is not None:
             more["recordings"] = tuple(Settings.read(text, "--recordings") for text in self.recordings)
         more = {name: value for name, value in more.items() if value is not None}
@@ -690,7 +711,9 @@ class Distillation:
 
         count = whole_number(self.problems, "--problems", at_least=1)
         run = _config(self.config, Loop)
-        arms = importlib.import_module(f"djax.configs.{self.config}").ARMS
+        arms = getattr(importlib.import_module(f"djax.configs.{self.config}"), "ARMS", None)
+        if not arms:
+            raise OptionError(f"--config: {self.config} has no ARMS to compare")
         places = dict(work=self.work, out=self.out, readme=self.readme)
         print(distill.run(run, arms, **places, model=djax.load(), problems=count, console=console, note=_note(console)))
 

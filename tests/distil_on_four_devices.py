@@ -29,6 +29,26 @@ def same_masks(recipe, mesh):
         np.testing.assert_array_equal(a, b)
 
 
+def stopped_and_resumed(model, recipe, whole):
+    """A restart on the same devices gives the same bits: also where each lies is restored."""
+    with tempfile.TemporaryDirectory() as directory:
+        append = trainer._append
+
+        def stop(file, entry):
+            append(file, entry)
+            if entry["step"] == 8:
+                raise InterruptedError
+
+        trainer._append = stop
+        try:
+            distill.train(model, trajectories(), recipe, directory)
+        except InterruptedError:
+            trainer._append = append
+        again = distill.train(model, trajectories(), recipe, directory)
+    for a, b in zip(jax.tree.leaves(again.params), jax.tree.leaves(whole.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 for name, shape, change in (
     ("data=4", dict(data=4), {}),
     ("data=2,model=2", dict(data=2, model=2), {}),
@@ -48,4 +68,5 @@ for name, shape, change in (
     )
     assert moved > 1e-3, "the training does something"
     same_masks(recipe, many.mesh)
+    stopped_and_resumed(many, recipe, found)
     print(f"{name}: equal, largest difference {worst:.1e}, largest change {moved:.1e}")

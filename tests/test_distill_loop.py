@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from test_cli import djax as command
@@ -34,7 +35,6 @@ def test_the_loop_ends_in_a_checkpoint(small, finished):
     again = djax.load(directory / "model")
     assert repr(again) == repr(small)
     for name in ("embedding", "head"):
-        np.testing.assert_allclose(again.params[name], model.params[name], rtol=1e-2)
         assert (np.asarray(again.params[name]) != np.asarray(small.params[name])).any()
     facts = json.loads((directory / "facts.json").read_text())
     assert facts["trajectories"] == 8
@@ -44,6 +44,9 @@ def test_the_loop_ends_in_a_checkpoint(small, finished):
     assert djax.generate(again, generated(problems.held_out(1))[0]["prompt"], gen_length=96).text
     with pytest.raises(OptionError, match="this run is finished; choose another directory"):
         distill.distil(small, RUN, directory)
+    assert model.dtype == again.dtype == small.dtype
+    for a, b in zip(jax.tree.leaves(model.params), jax.tree.leaves(again.params), strict=True):
+        np.testing.assert_array_equal(a, b), "what is returned, and measured, is what is on disk"
 
 
 def test_a_killed_loop_goes_on(small, finished, tmp_path, monkeypatch):
@@ -54,6 +57,8 @@ def test_a_killed_loop_goes_on(small, finished, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         distill.distil(small, RUN, tmp_path)
     monkeypatch.undo()
+    with pytest.raises(OptionError, match="holds a run judged by other problems, verifier or decoding"):
+        distill.distil(small, dataclasses.replace(RUN, validation=3), tmp_path)
     model = distill.distil(small, RUN, tmp_path)
     np.testing.assert_array_equal(model.params["head"], finished[0].params["head"])
 
@@ -108,6 +113,10 @@ def test_from_the_shell(tmp_path):
         ((*files, "--verifier", "python"), "problem 0: the verifier python needs its 'tests'"),
         (("--prompts", train, "--held-out", train), "held_out: expected problems that are not trained on, 8 are"),
         ((*files, "--objectives", "Certain()"), "--objectives: unknown 'Certain'; there are: certainty, compression"),
+        ((*files, "--problems", 3), "--problems: expected without --prompts"),
+        ((*files, "--eval"), "--held-out: expected more than 200 problems with --eval"),
+        (("--eval-problems", 3), "--eval-problems: expected with --eval"),
+        ((*files, "--recordings", "Threshold(0.9)"), "--recordings: expected Settings(...), got 'Threshold(0.9)'"),
         ((*files, "--lora", 4, "--muon", 0.1), r"Recipe(muon=...): expected None with lora"),
         (("--prompts", tmp_path / "no", "--held-out", held), "--prompts: "),
     ):
@@ -156,6 +165,13 @@ def test_the_arms_of_the_benchmark_and_its_tables(small, finished, tmp_path, mon
         note=lambda text: None,
     )
     lines = read_lines(tmp_path / "ladder.jsonl")
+    monkeypatch.setattr(benchmark, "judge", None)
+    options = dict(file=tmp_path / "ladder.jsonl", note=print, gen_length=96, resume=True)
+    benchmark.measure({"before": small}, generated(problems.held_out(4)), **options)  # measures nothing again
+    with pytest.raises(OptionError, match="holds points of another model 'after' or of other problems"):
+        benchmark.measure({"after": small}, generated(problems.held_out(4)), **options)
+    with pytest.raises(OptionError, match="holds points of another model 'before' or of other problems"):
+        benchmark.measure({"before": small}, generated(problems.held_out(5)), **options)
     assert len(lines) == 2 * sum(len(rung.decoders) for rung in benchmark.RUNGS)
     assert text.count("AUP") == 2
     assert "- after: " in text

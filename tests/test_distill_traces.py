@@ -58,8 +58,10 @@ def test_recording_appends_and_goes_on(small, recorded, tmp_path, monkeypatch):
     for a, b in zip(more, recorded, strict=True):
         assert a.text == b.text
         np.testing.assert_array_equal(a.accepted_at, b.accepted_at)
-    with pytest.raises(TraceError, match="holds trajectories of other problems"):
-        distill.record(small, PROBLEMS[::-1], tmp_path / "s", **OPTIONS)
+    for other in (PROBLEMS[::-1], PROBLEMS[1:3], [*PROBLEMS[:3], PROBLEMS[0]]):
+        with pytest.raises(TraceError, match=r"trajectory \d is of another problem; choose another directory"):
+            distill.record(small, other, tmp_path / "s", **OPTIONS)
+    assert len(distill.keep(more, lambda problem, answer: True, first=2)) == 2
 
 
 def test_samples_differ_and_do_not_depend_on_their_neighbours(small, tmp_path):
@@ -97,6 +99,12 @@ def test_other_models_tokenizers_settings_and_directories_are_refused(small, rec
     (tmp_path / "x" / "mine").write_text("")
     with pytest.raises(TraceError, match="is not empty and holds no trajectories"):
         distill.record(small, PROBLEMS, tmp_path / "x", **OPTIONS)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TraceError, match="cannot be a directory"):
+        distill.record(small, PROBLEMS, tmp_path / "file", **OPTIONS)
+    for wrong in ({"question": "1+1?"}, {"prompt": "a", "result": {1, 2}}, {"prompt": "a", "result": (1, 2)}):
+        with pytest.raises(OptionError, match='problem 0: expected a mapping with a "prompt" and JSON values'):
+            distill.record(small, [wrong], tmp_path / "y", **OPTIONS)
     with pytest.raises(OptionError, match="problems: expected at least one"):
         distill.record(small, [], tmp_path / "y", **OPTIONS)
 
@@ -119,13 +127,35 @@ def test_a_damaged_part_is_said(recorded, tmp_path):
         assert len(got) == len(PROBLEMS), "what is read all the same is whole (a bit that means nothing)"
 
 
+def test_hostile_parts_take_no_memory_and_raise_what_they_should(recorded, tmp_path):
+    (tmp_path / "store.json").write_bytes((recorded.directory / "store.json").read_bytes())
+    with np.load(recorded.directory / "part-00000.npz") as file:
+        whole = {name: file[name] for name in file.files}
+    for change in (
+        {"length": np.full(7, 2**46)},
+        {"length": np.full(7, np.inf)},
+        {"prompt": np.full((7, 1), 3)},
+        {"words": np.frombuffer(b"3", np.uint8)},
+        {"words": np.frombuffer(b"[[[[", np.uint8)},
+        {"tokens": np.zeros(3, np.uint8)},
+        {"tokens": np.zeros(1 << 31, bool)},
+    ):
+        np.savez_compressed(tmp_path / "part-00000.npz", **(whole | change))
+        with pytest.raises(TraceError, match="cannot be read"):
+            distill.Store(tmp_path).part(0)
+    np.save(tmp_path / "part-00000.npy", whole["tokens"])
+    (tmp_path / "part-00000.npy").rename(tmp_path / "part-00000.npz")
+    with pytest.raises(TraceError, match="cannot be read"):
+        distill.Store(tmp_path).part(0)
+
+
 def test_a_full_disk_leaves_what_was_there(recorded, monkeypatch):
     def full(self, data):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pathlib.Path.write_bytes", full)
     with pytest.raises(TraceError, match="No space left on device; what was there before is untouched"):
-        recorded.append(list(recorded))
+        recorded.write(1, list(recorded))
     assert recorded.parts == 1
     assert not [f for f in recorded.directory.iterdir() if f.name.startswith(".")]
 
@@ -183,6 +213,10 @@ GOOD = "def add(a, b):\n    return a + b"
         (f"import subprocess\nsubprocess.run(['true'])\n{GOOD}", 0),
         (f"import os\nos.fork()\n{GOOD}", 0),
         (f"import os\nos.system('true')\n{GOOD}", 0),
+        (f"import os\nfor _ in range(1000): os.write(3, b'x' * 100000)\n{GOOD}", 0),
+        (f"import _posixsubprocess\n{GOOD}", 0),
+        (f"import sqlite3\nsqlite3.connect('here')\n{GOOD}", 0),
+        ("import __main__, os\nos.write(__main__.say, __main__.word.encode())\nos._exit(0)", 0),
         (f"import os\nassert not [k for k in os.environ if k not in ('LC_CTYPE',)]\nassert os.listdir() == []\n{GOOD}", 1),
     ],
 )
@@ -196,16 +230,17 @@ def test_filtering_counts_keeps_scores_and_says_when_nothing_is_left(recorded):
     right = [p["result"] == problems.stated_result(t.text) for p, t in zip(PROBLEMS, recorded, strict=True)]
     kept = distill.keep(recorded, "exact")
     assert [t.text for t in kept] == [t.text for t, r in zip(recorded, right, strict=True) if r]
-    assert json.loads((recorded.directory / "part-00000.npz.exact.json").read_text()) == [float(r) for r in right]
-    asked = []
+    file = recorded.directory / "part-00000.npz.exact.json"
+    assert json.loads(file.read_text()) == [float(r) for r in right]
+    for spoiled in ("[", '{"a": 1}', "[1.0]", '["1"]'):
+        file.write_text(spoiled)
+        assert len(distill.keep(recorded, "exact")) == sum(right), "made again"
 
     def half(problem, answer):
-        asked.append(problem["prompt"])
-        return 0.5
+        return np.float32(0.5)
 
     assert len(distill.keep(recorded, half, least=0.5)) == len(PROBLEMS)
-    distill.keep(recorded, half, least=0.2)
-    assert len(asked) == len(PROBLEMS), "each answer is asked about once"
+    assert distill.keep(recorded, lambda problem, answer: np.bool_(True), first=3)[2].text == list(recorded)[2].text
     with pytest.raises(TraceError, match=r"none of 7 trajectories has a score of 1 by the verifier half \(the best has 0.5\)"):
         distill.keep(recorded, half)
     with pytest.raises(OptionError, match="verifier: expected a function or one of exact, python, got 'maths'"):

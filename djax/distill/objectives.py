@@ -68,8 +68,8 @@ class Compression:
     """Trajectory compression (dInfer, arXiv 2510.08666, appendix C.1): several steps of the teacher in one jump.
 
     Of two states of a trajectory the earlier one is shown, and the tokens revealed between them are to be predicted: the sum of
-    their -log p, over the block length (a constant, so that a pair counts as much as it reveals, as in the paper). Positions
-    outside get exactly zero gradient. pairs: which states (`pairs.py`).
+    their -log p, over the trajectory's block length, so that of its pairs one counts as much as it reveals, as in the paper.
+    Positions outside get exactly zero gradient. pairs: which states (`pairs.py`).
 
     beta above 0 also forces certainty there, as dParallel does on masks drawn at random: beta times the entropy of
     softmax(logits / temperature) on those positions whose likeliest token is right.
@@ -89,11 +89,12 @@ class Compression:
         # For each forward the last state of its block: one past the last forward that wrote there.
         block = row.blocks()
         length = accepted.shape[0]
-        written = jnp.where(accepted >= 0, accepted, length)
+        written = jnp.where(accepted >= 0, accepted, 4 * length)
         last = jax.ops.segment_max(jnp.where(accepted >= 0, accepted + 1, 0), jnp.maximum(block, 0), num_segments=length)
-        ends = jnp.zeros(length, jnp.int32).at[written].max(last[jnp.maximum(block, 0)], mode="drop")
+        most = 4 * length  # forwards: a decoder that edits may take more than there are positions
+        ends = jnp.zeros(most, jnp.int32).at[written].max(last[jnp.maximum(block, 0)], mode="drop")
         # A forward that accepted nothing (a decoder that edits) belongs to the block of the next that did.
-        ends = jnp.where(ends > 0, ends, length)
+        ends = jnp.where(ends > 0, ends, most)
         ends = jax.lax.cummin(ends, reverse=True)
         i, j = self.pairs.draw(key, row.forwards, ends, progress)
         shown = ~row.response() | ((accepted >= 0) & (accepted < i))
@@ -102,10 +103,13 @@ class Compression:
 
     def loss(self, logits: jax.Array, tokens: jax.Array, view: View) -> tuple[jax.Array, dict[str, jax.Array]]:
         loss = jnp.sum(jnp.where(view.target, surprise(logits, tokens), 0.0)) * view.weight
-        parts = {"compression": loss, "jump": jnp.sum(view.target).astype(jnp.float32)}
+        parts = {"compression": loss, "revealed": jnp.sum(view.target).astype(jnp.float32)}
         right = view.target & (jnp.argmax(logits, axis=-1) == tokens)
         unsure = jnp.sum(jnp.where(right, entropy(logits / self.temperature), 0.0)) * view.weight
-        return loss + self.beta * unsure, parts | {"entropy": unsure, "right": _mean(right.astype(jnp.float32), view.target)}
+        return loss + self.beta * unsure, parts | {
+            "revealed entropy": unsure,
+            "revealed right": _mean(right.astype(jnp.float32), view.target),
+        }
 
 
 @pytree

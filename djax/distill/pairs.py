@@ -1,7 +1,7 @@
 """Which two states of a trajectory are compared: from the earlier one the tokens up to the later one are to be predicted.
 
 States count forwards: state i is the canvas after i forwards, 0 to F. A sampler is a frozen dataclass with
-`draw(key, forwards, ends, progress) -> (i, j)`: one row's key, its F, `ends` int32 `[L]`, for each forward the last state of
+`draw(key, forwards, ends, progress) -> (i, j)`: one row's key, its F, `ends` int32, for each forward the last state of
 the block it worked on, and how much of the training is done, 0 to 1. Law: 0 <= i < j <= F.
 """
 
@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from djax.checks import flag, integer, number
+from djax.checks import INT32_MAX, flag, integer, number
 from djax.pytree import pytree
 
 Pair = tuple[jax.Array, jax.Array]
@@ -74,7 +74,8 @@ class Curriculum:
 
 def _last(i: jax.Array, forwards: jax.Array, ends: jax.Array, inside_block: jax.Array | bool) -> jax.Array:
     """The last state that a pair which begins at i may end with."""
-    return jnp.where(inside_block, jnp.minimum(ends[i], forwards), forwards)
+    here = jnp.maximum(ends.at[i].get(mode="fill", fill_value=INT32_MAX), i + 1)
+    return jnp.where(inside_block, jnp.minimum(here, forwards), forwards)
 
 
 PAIRS: dict[str, type] = {"uniform": Uniform, "stride": Stride, "curriculum": Curriculum}

@@ -1,5 +1,6 @@
 """Record how a model decodes: the trajectories come from the decode program itself, for any decoder, cache and family."""
 
+import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,8 @@ def record(
     other settings' store; disk full), and `generate`'s errors.
     """
     whole_number(samples, "samples", at_least=1)
+    whole_number(max_batch, "max_batch", at_least=1)
+    _plain(problems)
     if not problems:
         raise OptionError("problems: expected at least one, got none")
     if samples > 1 and not options.get("temperature", 0.0) > 0:
@@ -48,9 +51,8 @@ def record(
     settings = {k: v if isinstance(v, plain) else repr(v) for k, v in options.items()} | {"samples": samples, "seed": seed}
     store = Store.create(directory, model, settings)
     wanted = [(i, n) for i in range(len(problems)) for n in range(samples)]
-    done = sum(len(store.part(n)) for n in range(store.parts))
-    _same_problems(store, problems, samples)
-    for at in range(done, len(wanted), PART):
+    first, done = store.parts, _same_problems(store, problems, samples)
+    for number, at in enumerate(range(done, len(wanted), PART), first):
         part: list[Trajectory] = []
         group = wanted[at : at + PART]
         for first in range(0, len(group), max_batch):
@@ -61,17 +63,29 @@ def record(
             part += [trajectory(problems[i], s, a) for (i, _), s, a in zip(batch, seeds, answers, strict=True)]
             if progress is not None:
                 progress(at + len(part))
-        store.append(part)
+        store.write(number, part)
     return store
 
 
-def _same_problems(store: Store, problems: Sequence[Mapping[str, Any]], samples: int) -> None:
-    """A store goes on with the list it began with: its last trajectory is of the problem that stands there."""
-    if store.parts:
-        n = sum(len(store.part(n)) for n in range(store.parts)) - 1
-        last = store.part(store.parts - 1)[-1]
-        if n // samples < len(problems) and dict(last.problem) != dict(problems[n // samples]):
-            raise TraceError(f"{store.directory}: holds trajectories of other problems; choose another directory")
+def _plain(problems: Sequence[Problem]) -> None:
+    """Every problem is something JSON can say, before anything is decoded."""
+    for n, problem in enumerate(problems):
+        try:
+            fits = json.loads(json.dumps(dict(problem))) == dict(problem) and "prompt" in problem
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise OptionError(f'problem {n}: expected a mapping with a "prompt" and JSON values, got {problem!r:.100}')
+
+
+def _same_problems(store: Store, problems: Sequence[Mapping[str, Any]], samples: int) -> int:
+    """How many trajectories there are, all of them of the problem that stands at their place in the list."""
+    done = 0
+    for done, t in enumerate(store, 1):
+        place = (done - 1) // samples
+        if place < len(problems) and dict(t.problem) != dict(problems[place]):
+            raise TraceError(f"{store.directory}: trajectory {done - 1} is of another problem; choose another directory")
+    return done
 
 
 def trajectory(problem: Problem, seed: int, answer: Generation) -> Trajectory:

@@ -1,11 +1,14 @@
 """The whole loop: record how a model answers, keep what is right, train on it, and see what that bought."""
 
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from djax import checkpoint
 from djax.checks import integer, number
@@ -34,7 +37,7 @@ class Distillation:
     least:     the score from which on an answer is kept.
     recipe:    how to train.
     decoding:  how the held-out problems are answered while training.
-    validation: how many of the held-out problems that is.
+    validation: by how many held-out problems, the first ones, the best is chosen.
     """
 
     problems: int = 4000
@@ -51,14 +54,17 @@ class Distillation:
             integer(self, name, at_least=1)
         integer(self, "problem_seed", at_least=0)
         number(self, "least", at_least=0, at_most=1)
-        if not self.recordings:
-            raise OptionError("Distillation(recordings=...): expected at least one way to decode, got none")
+        if not self.recordings or not all(isinstance(s, Settings) for s in (*self.recordings, self.decoding)):
+            raise OptionError(
+                f"Distillation(recordings=..., decoding=...): expected Settings(...), at least one, got {self.recordings!r} "
+                f"and {self.decoding!r}"
+            )
 
 
 def read_problems(file: Path, name: str) -> list[Problem]:
     """Problems from JSON lines. Raises `OptionError`, which names the option and the line."""
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_text().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"{name}: {file} cannot be read: {error}") from error
     problems = []
@@ -133,7 +139,7 @@ def recorded(
         options = dict(samples=run.samples, max_batch=BATCH, progress=told)
         store = record(model, problems, traces / str(n), **options, **settings.options())
         recording = time.perf_counter()
-        kept += verify.keep(store, verifier, least=run.least)
+        kept += verify.keep(store, verifier, least=run.least, first=total)
         facts["trajectories"] += total
         facts["bytes"] += store.bytes
         facts["filter_seconds"] = round(facts.get("filter_seconds", 0.0) + time.perf_counter() - recording, 2)
@@ -169,6 +175,7 @@ def distil(
         problems = generated(word_problems.not_held_out(run.problems, run.problem_seed))
     if held_out is None:
         held_out = generated(word_problems.held_out(run.validation, seed=1))
+    held_out = held_out[: run.validation]
     verify.known(verifier)
     verify.need([*problems, *held_out], verifier)
     seen = {json.dumps(p["prompt"]) for p in problems} & {json.dumps(p["prompt"]) for p in held_out}
@@ -180,8 +187,13 @@ def distil(
     def evaluated(model: Model) -> Report:
         return judge(model, held_out, verifier, least=run.least, **options)
 
-    directory.mkdir(parents=True, exist_ok=True)
-    before = _before(directory / "before.json", lambda: evaluated(model))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"{directory}: cannot be a directory: {error}") from error
+    by = verifier if isinstance(verifier, str) else getattr(verifier, "__name__", type(verifier).__name__)
+    asked = json.dumps([repr(run.decoding), by, run.least, [dict(p) for p in held_out]])
+    before = _before(directory / "before.json", hashlib.sha256(asked.encode()).hexdigest(), lambda: evaluated(model))
 
     def evaluate(model: Model) -> Mapping[str, float]:
         now = evaluated(model)
@@ -193,14 +205,21 @@ def distil(
     facts["train_seconds"] = round(time.perf_counter() - began, 2)
     write(directory / "facts.json", (json.dumps(facts, indent=1) + "\n").encode())
     checkpoint.export_hf(trained, directory / "model")
-    return trained
+    # As it is on disk, where it may be narrower than it was trained.
+    return checkpoint.load(directory / "model", dtype=str(np.dtype(model.dtype)), mesh=model.mesh)
 
 
-def _before(file: Path, ask: Callable[[], Report]) -> Report:
-    """What the untrained model does on the held-out problems, asked once a run."""
+def _before(file: Path, asked: str, ask: Callable[[], Report]) -> Report:
+    """What the untrained model does on the held-out problems, asked once a run. asked: a digest of what is asked, and how."""
     if not file.exists():
-        write(file, (json.dumps(dataclasses.asdict(ask())) + "\n").encode())
+        write(file, (json.dumps({"asked": asked, "report": dataclasses.asdict(ask())}) + "\n").encode())
     try:
-        return Report(**json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
+        there = json.loads(file.read_text())
+        same, found = there["asked"] == asked, Report(**there["report"])
+    except (ValueError, TypeError, KeyError) as error:
         raise TraceError(f"{file}: cannot be read: {error}; remove it") from error
+    if not same:
+        raise OptionError(
+            f"{file.parent}: holds a run judged by other problems, verifier or decoding; choose another directory"
+        )
+    return found

@@ -5,6 +5,7 @@ from typing import Any
 
 from djax.caching import CACHES
 from djax.decoding import DECODERS, Threshold
+from djax.errors import OptionError
 from djax.plugs import parse
 from djax.smoothing import SMOOTHINGS
 
@@ -25,7 +26,10 @@ class Settings:
     @classmethod
     def read(cls, text: str, name: str) -> "Settings":
         """From `Settings(gen_length=256, decoder=Threshold(0.8), cache=Dual())`. Raises `OptionError`."""
-        return parse(text, {**DECODERS, **CACHES, **SMOOTHINGS, "settings": cls}, name)
+        found = parse(text, {**DECODERS, **CACHES, **SMOOTHINGS, "settings": cls}, name)
+        if not isinstance(found, cls):
+            raise OptionError(f"{name}: expected Settings(...), got {text!r}")
+        return found
 
     def options(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

@@ -11,7 +11,6 @@ import io
 import json
 import os
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,8 @@ from djax.source import name_of
 
 MANIFEST, FORMAT = "store.json", 1
 _PART = "part-{:05d}.npz"
+# Bounds of what is read: bytes of a part, unpacked, and positions of a canvas.
+LARGEST, LONGEST = 1 << 30, 1 << 20
 NUMBERS = ("seed", "prompt", "start", "block", "forwards")
 Problem = Mapping[str, Any]
 
@@ -127,9 +128,13 @@ class Store:
         """Open the store, or begin one, of this model and these settings (JSON values)."""
         path = Path(directory).expanduser()
         if not (path / MANIFEST).exists():
-            if path.exists() and any(path.iterdir()):
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise TraceError(f"{path}: cannot be a directory: {error}") from error
+            # What a process that was killed at this very moment has left is none of the user's.
+            if any(not file.name.startswith(f".{MANIFEST}.") for file in path.iterdir()):
                 raise TraceError(f"{path}: is not empty and holds no trajectories; choose another directory")
-            path.mkdir(parents=True, exist_ok=True)
             described = {"format": FORMAT, "settings": dict(settings), "model": repr(model), **more}
             described |= {"checksum": checksum(model), "tokenizer": tokenizer_checksum(model)}
             write(path / MANIFEST, (json.dumps(described, indent=1) + "\n").encode())
@@ -145,7 +150,7 @@ class Store:
         """Raise `TraceError` unless the trajectories are this model's, and its tokenizer's."""
         if self.manifest.get("tokenizer") != tokenizer_checksum(model):
             raise TraceError(f"{self.directory}: trajectories of another tokenizer; record them with this model")
-        if self.manifest.get("checksum") != checksum(model):
+        if self.manifest.get("checksum") != checksum(model):  # which the ids of its tokens then fit
             raise TraceError(
                 f"{self.directory}: trajectories of another model, {self.manifest.get('model')}, not of {model!r}; record them "
                 "with this one, or load the one they came from"
@@ -163,31 +168,24 @@ class Store:
     def bytes(self) -> int:
         return sum((self.directory / _PART.format(n)).stat().st_size for n in range(self.parts))
 
-    def append(self, trajectories: Sequence[Trajectory]) -> None:
-        """Write one more part, whole or not at all."""
-        write(self.directory / _PART.format(self.parts), packed(trajectories))
+    def write(self, n: int, trajectories: Sequence[Trajectory]) -> None:
+        """Write part n, the next one, whole or not at all."""
+        write(self.directory / _PART.format(n), packed(trajectories))
 
     def part(self, n: int) -> list[Trajectory]:
         file = self.directory / _PART.format(n)
         try:
             return unpacked(file.read_bytes())
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            IndexError,
-            EOFError,
-            zipfile.BadZipFile,
-            zlib.error,
-            NotImplementedError,
-            RuntimeError,
-        ) as error:
+        except Exception as error:  # a zip of arrays and JSON raises many kinds where it is damaged; all mean the same
             raise TraceError(f"{file}: cannot be read: {error}; remove it and those after it, and record them again") from error
 
     def scores(self, n: int, verifier: str) -> list[float] | None:
         """What a verifier said of a part's trajectories, if it was asked."""
-        file = self._scores(n, verifier)
-        return json.loads(file.read_text()) if file.exists() else None
+        try:
+            found = json.loads(self._scores(n, verifier).read_text())
+        except (OSError, ValueError):
+            return None  # they are made again
+        return found if isinstance(found, list) and all(isinstance(x, float) for x in found) else None
 
     def write_scores(self, n: int, verifier: str, scores: Sequence[float]) -> None:
         write(self._scores(n, verifier), json.dumps(list(scores)).encode())
@@ -230,13 +228,17 @@ def _end(t: Trajectory) -> int:
 
 
 def unpacked(data: bytes) -> list[Trajectory]:
+    """Raises many kinds of errors for what `packed` did not make, before it takes much memory."""
+    with zipfile.ZipFile(io.BytesIO(data)) as file:
+        if sum(member.file_size for member in file.infolist()) > LARGEST:
+            raise ValueError(f"it would take more than {LARGEST} bytes")
     with np.load(io.BytesIO(data), allow_pickle=False) as file:
         got = {name: file[name] for name in file.files}
     words = json.loads(got["words"].tobytes().decode())
     out, token, position = [], 0, 0
     for b, (problem, text) in enumerate(words):
         prompt, end, length = (int(got[name][b]) for name in ("prompt", "end", "length"))
-        if not 0 <= prompt <= end <= length or token + end > len(got["tokens"]):
+        if not 0 <= prompt <= end <= length <= LONGEST or token + end > len(got["tokens"]):
             raise ValueError("lengths that contradict each other")
         tokens = np.full(length, got["fill"][b], np.int32)
         accepted, confidence = np.full(length, -1, np.int32), np.zeros(length, np.float16)

@@ -48,7 +48,7 @@ class Recipe:
     steps:      updates. rows: trajectories an update, all devices together, in `accumulate` equal parts one after another.
     rate:       peak learning rate of AdamW, reached after `warmup` updates; schedule "constant", "cosine" or "linear" to 0.
     muon:       None, or the peak rate of Muon, which then moves the matrices of attention and experts instead.
-    weight_decay, betas, clip: of AdamW, on matrices only, and the gradient's largest norm.
+    weight_decay, betas, clip: of AdamW, on matrices only (of Muon, on its matrices), and the gradient's largest norm.
     balance:    weight of the router's load-balancing loss, so that experts stay in use; nothing for models without experts.
     lora:       train low-rank adapters only, None trains all parameters.
     dtype:      what the network computes in, "float32" or "bfloat16"; parameters and optimizer are float32.
@@ -65,7 +65,7 @@ class Recipe:
     warmup: int = 50
     schedule: str = "cosine"
     weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 1.0
     balance: float = 0.01
     lora: Lora | None = None
@@ -154,7 +154,7 @@ def schedule(recipe: Recipe) -> Callable[[jax.Array], jax.Array]:
 def optimizer(recipe: Recipe) -> optax.GradientTransformation:
     if recipe.muon is not None:
         whole = schedule(dataclasses.replace(recipe, rate=1.0))
-        options = dict(weight_decay=recipe.weight_decay, weight_decay_mask=_matrices)
+        options = dict(weight_decay=recipe.weight_decay, adam_b1=recipe.betas[0], adam_b2=recipe.betas[1])
         moves = muon(lambda step: recipe.muon * whole(step), schedule(recipe), **options)
         return optax.chain(optax.clip_by_global_norm(recipe.clip), moves)
     adamw = optax.adamw(
@@ -225,7 +225,11 @@ def gradient(
     recipe = of.recipe
 
     def loss(params: Any, rows: Row, keys: jax.Array) -> tuple:
-        whole = params if recipe.lora is None else low_rank.merged(recipe.lora, frozen, params)
+        whole = params
+        if recipe.lora is not None:
+            # Merged in float32: a narrower model's steps would swallow small changes.
+            wide = jax.tree.map(lambda a: a.astype(jnp.float32), frozen)
+            whole = low_rank.merged(recipe.lora, wide, params)
         whole = jax.tree.map(lambda a: a.astype(recipe.dtype), whole)
         statics = dict(family=of.family, config=of.config, recipe=recipe, parts=parts)
         return batch_loss(whole, rows, keys, progress, **statics)
@@ -255,12 +259,13 @@ def gradient(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Static:
-    """What an update's program is made for; compared by identity, so each training compiles its own."""
+    """What an update's program is made for; compared by identity, so each training compiles its own. places: of the state."""
 
     family: ModuleType
     config: Any
     recipe: Recipe
     mesh: Any
+    places: Any = None
 
 
 @partial(jax.jit, static_argnames="of", donate_argnums=0)
@@ -287,7 +292,10 @@ def update(state: State, frozen: Any, rows: Row, *, of: _Static) -> tuple[State,
         losses = losses[np.argsort(order)]
     logged["gradient norm"] = optax.tree.norm(found)
     change, moved = optimizer(recipe).update(found, state.optimizer, state.params)
-    return State(optax.apply_updates(state.params, change), moved, state.step + 1), losses, logged
+    new = State(optax.apply_updates(state.params, change), moved, state.step + 1)
+    if of.places is not None:
+        new = jax.lax.with_sharding_constraint(new, of.places)
+    return new, losses, logged
 
 
 Evaluate = Callable[[Model], Mapping[str, float]]
@@ -326,8 +334,9 @@ def train(
         )
     directory = Path(directory).expanduser()
     _same_run(directory, model, examples, recipe)
-    of = _Static(model.family, model.config, recipe, model.mesh)
     state, frozen = _begin(model, recipe)
+    places = None if model.mesh is None else jax.tree.map(lambda a: a.sharding, state)
+    of = _Static(model.family, model.config, recipe, model.mesh, places)
 
     policies = orbax.preservation_policies
     keep = [policies.LatestN(1)]
@@ -352,7 +361,8 @@ def train(
             began, seen, pending = time.perf_counter(), 0, []
             for step in range(first, recipe.steps):
                 rows = _placed(examples.batch(step), model.mesh)
-                with computing(model):
+                # Full float32 products where the network computes in float32, whatever the model's own dtype is.
+                with computing(model), jax.default_matmul_precision("highest" if recipe.dtype == "float32" else None):
                     state, losses, logged = update(state, frozen, rows, of=of)
                 pending.append((step, losses, logged))
                 seen += int(rows.total.sum())
@@ -407,10 +417,11 @@ def _same_run(directory: Path, model: Model, examples: Examples, recipe: Recipe)
     try:
         there = json.loads(file.read_text())
     except FileNotFoundError:
-        directory.mkdir(parents=True, exist_ok=True)
+        with _writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
         write(file, (json.dumps(described, indent=1) + "\n").encode())
         return
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise OptionError(f"{file}: cannot be read: {error}; choose another directory") from error
     wrong = [name for name in described if described[name] != there.get(name)]
     if wrong:
@@ -436,9 +447,19 @@ def _begin(model: Model, recipe: Recipe) -> tuple[State, Any]:
         if model.mesh is not None:
             params = jax.device_put(params, NamedSharding(model.mesh, P()))
         frozen = model.params
+    moves = optimizer(recipe)
     with computing(model):
-        begun = jax.jit(optimizer(recipe).init)(params)
-    return State(params, begun, jnp.int32(0)), frozen
+        begun = jax.jit(moves.init)(params)
+    state = State(params, begun, jnp.int32(0))
+    if model.mesh is None:
+        return state, frozen
+    # What the optimizer knows of a parameter lies where that does, the rest on every device: from the first update on, and
+    # again after a restart.
+    everywhere = NamedSharding(model.mesh, P())
+    places = jax.tree.map(lambda a: a.sharding, params)
+    move = partial(optax.tree.map_params, moves, jax.device_put, begun, places)
+    begun = move(transform_non_params=lambda a: jax.device_put(a, everywhere))
+    return State(params, begun, jax.device_put(state.step, everywhere)), frozen
 
 
 def _placed(rows: Row, mesh: Any) -> Row:

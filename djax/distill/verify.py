@@ -9,13 +9,17 @@ import math
 import numbers
 import os
 import secrets
+import select
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from djax.distill.store import Problem, Store, Trajectory
 from djax.errors import OptionError, TraceError, VerifierError
@@ -32,33 +36,45 @@ def exact(problem: Problem, answer: str) -> float:
 def python(problem: Problem, answer: str, *, seconds: float = 10.0, megabytes: int = 1024) -> float:
     """1 if the answer, a Python snippet or a Markdown text with one, runs and the problem's "tests" (Python) pass after it.
 
-    It runs in a process of its own, which is killed with all its children when the time is over: isolated mode, an empty
-    directory and environment, nothing on standard input; limits of the system on processor time, memory and file size, no new
-    processes where the system counts them per user; no sockets, no writing of files, no other programs by an audit hook.
-    That holds off accidents and careless code. It is no prison: for code that is meant to harm use a container besides.
+    It runs in a process of its own, which is killed with its group when the time is over: isolated mode, an empty directory and
+    environment, nothing on standard input; limits of the system on processor time, memory and file size, and for users other
+    than root on new processes; sockets, other programs, and writing or removing files are refused by an audit hook. That holds
+    off accidents and careless code, and code that ends early without passing. It is no prison: code that looks for a way out of
+    Python's own hooks finds one, so use a container besides where answers may mean harm.
     """
     done = secrets.token_hex(16)
-    source = f"{snippet(answer)}\n\n{problem['tests']}\n"
-    with tempfile.TemporaryDirectory(prefix="djax-sandbox-") as directory:
+    source = f"{done}\n{snippet(answer)}\n\n{problem['tests']}\n"
+    command = [sys.executable, "-I", "-S", "-B", "-c", _RUNNER, str(math.ceil(seconds)), str(megabytes << 20)]
+    with tempfile.TemporaryDirectory(prefix="djax-sandbox-") as directory, tempfile.TemporaryFile() as given:
+        given.write(source.encode(errors="replace"))
+        given.seek(0)
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", "-c", _RUNNER, str(math.ceil(seconds)), str(megabytes << 20)],
-            stdin=subprocess.PIPE,
+            command,
+            stdin=given,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd=directory,
             env={},
             start_new_session=True,
         )
-        try:
-            out, _ = process.communicate(f"{done}\n{source}".encode(), timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return 0.0
-        finally:
+        with process.stdout:
+            said = _read(process.stdout.fileno(), len(done), time.monotonic() + seconds)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+        process.wait()
     # Exit codes prove nothing: the snippet may have left early.
-    return float(process.returncode == 0 and out.decode(errors="replace") == done)
+    return float(said == done.encode())
+
+
+def _read(pipe: int, most: int, until: float) -> bytes:
+    """What comes out of a pipe, up to one byte more than `most`, its end, or a time."""
+    said = b""
+    while len(said) <= most and select.select([pipe], [], [], max(until - time.monotonic(), 0))[0]:
+        part = os.read(pipe, most + 1 - len(said))
+        if not part:
+            break
+        said += part
+    return said
 
 
 def snippet(answer: str) -> str:
@@ -73,34 +89,37 @@ def snippet(answer: str) -> str:
 # What runs in the sandbox: reads a word and the source, limits itself, runs the source, and says the word if it came through.
 _RUNNER = """
 import os, resource, sys
-word, source = sys.stdin.buffer.read().decode().split("\\n", 1)
-seconds, size = int(sys.argv[1]), int(sys.argv[2])
-say = os.dup(1)
-null = os.open(os.devnull, os.O_RDWR)
-for fd in (0, 1, 2):
-    os.dup2(null, fd)
-for what, limit in (("CPU", seconds), ("AS", size), ("FSIZE", 0), ("NOFILE", 64), ("CORE", 0), ("NPROC", 0)):
-    hard = resource.getrlimit(getattr(resource, "RLIMIT_" + what))[1]
-    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-    resource.setrlimit(getattr(resource, "RLIMIT_" + what), (limit, limit))
 
 def hook(event, arguments, writing=os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND):
     kind = event.split(".")[0]
-    refused = kind in ("socket", "subprocess", "ctypes", "pty", "shutil", "ftplib", "smtplib", "urllib", "fcntl")
+    refused = kind in ("socket", "subprocess", "ctypes", "pty", "shutil", "sqlite3", "resource", "ftplib", "smtplib", "urllib")
+    refused |= kind in ("fcntl", "signal")
     refused |= kind == "os" and event not in ("os.listdir", "os.scandir", "os.fwalk", "os.walk", "os.putenv", "os.unsetenv")
     if event == "open":
         refused = bool(arguments[2] & writing) if isinstance(arguments[2], int) else True
-    if refused or event == "signal.pthread_kill":
+    if event == "import":
+        refused = arguments[0] in ("_posixsubprocess", "_ctypes", "_sqlite3", "_socket")
+    if refused:
         raise PermissionError(event + " is not allowed here")
 
-code = compile(source, "answer.py", "exec")
-names = {"__name__": "__main__"}
-sys.addaudithook(hook)
-def run(code, names):
-    exec(code, names)
-run(code, names)
-os.write(say, word.encode())
-os._exit(0)
+def main():
+    word, source = sys.stdin.buffer.read().decode().split("\\n", 1)
+    seconds, size = int(sys.argv[1]), int(sys.argv[2])
+    say = os.dup(1)
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    for what, limit in (("CPU", seconds), ("AS", size), ("FSIZE", 0), ("NOFILE", 64), ("CORE", 0), ("NPROC", 0)):
+        hard = resource.getrlimit(getattr(resource, "RLIMIT_" + what))[1]
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(getattr(resource, "RLIMIT_" + what), (limit, limit))
+    code = compile(source, "answer.py", "exec")
+    sys.addaudithook(hook)
+    exec(code, {"__name__": "__main__"})
+    os.write(say, word.encode())
+    os._exit(0)
+
+main()
 """
 
 VERIFIERS: dict[str, Verifier] = {"exact": exact, "python": python}
@@ -132,7 +151,7 @@ def ask(verifier: Verifier, problem: Problem, answer: str, seconds: float, where
         error = raised[0]
         raise VerifierError(f"{where}: the verifier {name} raised {type(error).__name__}: {error}") from error
     score = said[0]
-    if not isinstance(score, numbers.Real) or not 0 <= score <= 1:
+    if not isinstance(score, numbers.Real | np.bool_) or not 0 <= score <= 1:
         raise VerifierError(f"{where}: the verifier {name} said {score!r}; expected a number from 0 to 1, or a bool")
     return float(score)
 
@@ -142,25 +161,31 @@ def keep(
     verifier: Verifier | str,
     *,
     least: float = 1.0,
+    first: int | None = None,
     verifier_seconds: float = 60.0,
     progress: Callable[[int], None] | None = None,
 ) -> list[Trajectory]:
     """The trajectories whose answer's score is at least `least`, in the store's order.
 
-    verifier: a function, or the name of one that ships. Scores are kept beside the parts under its name, so an answer is asked
-    about once; a verifier of your own that changes wants another name. `progress` is called with the number done. Raises
-    `VerifierError` (what was scored before it is kept), `TraceError` if nothing is kept.
+    verifier: a function, or the name of one that ships, whose scores are kept beside the parts, so that it is asked once.
+    first: only of so many first trajectories, None for all. `progress` is called with the number done. Raises `VerifierError`,
+    which leaves the store as it is, and `TraceError` if nothing is kept.
     """
     check = known(verifier)
-    name = verifier if isinstance(verifier, str) else getattr(verifier, "__name__", type(verifier).__name__)
+    shipped = isinstance(verifier, str)
+    name = verifier if shipped else getattr(verifier, "__name__", type(verifier).__name__)
     kept, count, best = [], 0, 0.0
     for n in range(store.parts):
         part = store.part(n)
-        scores = store.scores(n, name)
-        if scores is None or len(scores) != len(part):
+        if first is not None:
+            part = part[: max(first - count, 0)]
+        scores = store.scores(n, verifier) if shipped else None
+        if scores is None or len(scores) < len(part):
             where = f"{store.directory}, part {n}, trajectory "
             scores = [ask(check, t.problem, t.text or "", verifier_seconds, where + str(i)) for i, t in enumerate(part)]
-            store.write_scores(n, name, scores)
+            if shipped:
+                store.write_scores(n, verifier, scores)
+        scores = scores[: len(part)]
         kept += [t for t, score in zip(part, scores, strict=True) if score >= least]
         count += len(part)
         best = max([best, *scores])
