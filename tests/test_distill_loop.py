@@ -12,6 +12,7 @@ import djax
 from djax import distill
 from djax.benchmarks import distill as benchmark
 from djax.benchmarks.report import read_lines
+from djax.cli import main
 from djax.configs import tiny_td
 from djax.distill.run import generated, read_problems
 from djax.errors import OptionError, TrainingError
@@ -92,7 +93,7 @@ def write(file, problems):
     return file
 
 
-def test_from_the_shell(tmp_path):
+def test_from_the_shell(tmp_path, capsys):
     train = write(tmp_path / "train.jsonl", generated(problems.not_held_out(8, seed=3)))
     held = write(tmp_path / "held.jsonl", generated(problems.held_out(4, seed=3)))
     files = ("--prompts", train, "--held-out", held)
@@ -120,14 +121,17 @@ def test_from_the_shell(tmp_path):
         ((*files, "--lora", 4, "--muon", 0.1), r"Recipe(muon=...): expected None with lora"),
         (("--prompts", tmp_path / "no", "--held-out", held), "--prompts: "),
     ):
-        done = command("distill", "tiny_td", "--out", tmp_path / "x", *options)
-        assert done.returncode == 2, done.stderr
-        assert said in done.stderr.replace("\n", " ")
-        assert not (tmp_path / "x" / "model").exists()
-    done = command("distill", "small", "--out", tmp_path / "x")
-    assert "config: unknown 'small'; there are: tiny_td" in done.stderr
-    done = command("train", "tiny_td", "--out", tmp_path / "x")
-    assert "config: unknown 'tiny_td'; there are: small" in done.stderr
+        refused(capsys, "distill", "tiny_td", "--out", tmp_path / "x", *options, said=said)
+        assert not (tmp_path / "x").exists(), "nothing is half-written"
+    refused(capsys, "distill", "small", "--out", tmp_path / "x", said="config: unknown 'small'; there are: tiny_td")
+    refused(capsys, "train", "tiny_td", "--out", tmp_path / "x", said="config: unknown 'tiny_td'; there are: small")
+
+
+def refused(capsys, *arguments, said):
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, arguments)])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err.replace("\n", " ")
 
 
 @pytest.mark.parametrize(
