@@ -2,9 +2,10 @@
 
     djax bench distill --work runs/distill --out benchmarks/results --readme README.md
 
-All arms start from the same model, learn from the same kept trajectories and take the same number of updates; the control
-learns the kept answers by plain masked diffusion. Every point is one JSON line in distill.jsonl; distill.md and distill.png are
-made from those lines alone. The area under a curve is d3LLM's AUP (arXiv 2601.07568).
+All arms of the first round start from the same model, learn from the same kept trajectories and take the same number of
+updates, the control by plain masked diffusion on the kept answers. A second round begins with a first one's model, on its own
+decodes. Every point is one JSON line in distill.jsonl; distill.md and distill.png are made from those lines alone. The area under
+a curve is d3LLM's AUP (arXiv 2601.07568).
 """
 
 import dataclasses
@@ -23,7 +24,8 @@ import djax
 from djax.benchmarks.circumstances import circumstances
 from djax.benchmarks.ladder import Rung, hierarchies, import_pyplot, thresholds
 from djax.benchmarks.report import put, read_lines, write, write_lines
-from djax.distill import Distillation, distil, judge
+from djax.configs import tiny_td, tiny_td_again
+from djax.distill import Certainty, Compression, Distillation, Plain, Stride, distil, judge
 from djax.distill.run import generated
 from djax.distill.store import Problem, checksum
 from djax.errors import OptionError
@@ -32,6 +34,21 @@ from djax.training.evaluate import difference
 from djax.training.problems import held_out, not_held_out
 
 BATCH = 50
+
+
+def _learn(run: Distillation, *objectives: Any) -> Distillation:
+    return dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, objectives=objectives))
+
+
+# Which model each begins with, and how it goes on. The control learns the same kept answers by plain masked diffusion.
+ARMS = {
+    "both": ("before", tiny_td.RUN),
+    "compression": ("before", _learn(tiny_td.RUN, Compression(Stride(64)))),
+    "control": ("before", _learn(tiny_td.RUN, Plain())),
+    "certainty": ("before", _learn(tiny_td.RUN, Certainty(masked=0.9))),
+    "both, again": ("both", tiny_td_again.RUN),
+    "control, again": ("control", _learn(tiny_td_again.RUN, Plain())),
+}
 # The ladder's, where there is something to gain: from a threshold as it is usually set to one that loses next to nothing.
 RUNGS = (
     Rung("threshold", thresholds(0.9, 0.97, 0.99, 0.997)),
@@ -41,6 +58,10 @@ RUNGS = (
     Rung("credit", tuple(f"Credit({t})" for t in thresholds(0.97, 0.99, 0.997))),
     Rung("threshold + dual", thresholds(0.97, 0.99, 0.997), "Dual()"),
 )
+
+
+def _folder(name: str) -> str:
+    return name.replace(", ", "-")
 
 
 def measure(
@@ -216,39 +237,25 @@ def compare(
 
 
 def run(
-    run: Distillation,
-    arms: Mapping[str, tuple[Any, ...]],
-    work: Path,
-    out: Path,
-    readme: Path | None,
-    *,
-    model: Any,
-    problems: int,
-    console: Any,
-    note: Callable[[str], None],
+    work: Path, out: Path, readme: Path | None, *, model: Any, problems: int, console: Any, note: Callable[[str], None]
 ) -> str:
     """Train every arm (those that are finished in `work` stay), measure all, write the tables. Returns the Markdown."""
     models, facts = {"before": model}, []
-    for name, objectives in arms.items():
-        place = work / name.replace(" ", "-")
-        began = time.perf_counter()
+    for name, (start, arm) in ARMS.items():
+        place = work / _folder(name)
         if (place / "model").exists():
             models[name] = djax.load(place / "model", dtype=str(model.dtype))
         else:
-            recipe = dataclasses.replace(run.recipe, objectives=objectives)
-            one = dataclasses.replace(run, recipe=recipe)
-            models[name] = distil(model, one, place, traces=work / "traces", console=console, note=note)
-        known = json.loads((place / "facts.json").read_text())
-        facts.append(
-            {"arm": name, "objectives": repr(objectives), **known, "this_run_seconds": round(time.perf_counter() - began, 1)}
-        )
+            options = dict(traces=work / "traces" / _folder(start), console=console, note=note)
+            models[name] = distil(models[start], arm, place, **options)
+        facts.append({"arm": name, "start": start, "steps": arm.recipe.steps, "objectives": repr(arm.recipe.objectives)})
+        facts[-1] |= json.loads((place / "facts.json").read_text())
         note(f"{name}: {facts[-1]}")
     asked = generated(held_out(problems))
     began = time.perf_counter()
-    file = out / "distill.jsonl"
-    measure(models, asked, file, note=note, resume=True)
-    facts.append({"arm": "measuring", "seconds": round(time.perf_counter() - began, 1)})
-    facts.append({"arm": "recording", **cost(model, generated(not_held_out(BATCH)), run.recordings[0].decoder)})
+    measure(models, asked, out / "distill.jsonl", note=note, resume=True)
+    facts.append({"arm": "measuring", "measure_seconds": round(time.perf_counter() - began, 1)})
+    facts.append({"arm": "recording", **cost(model, generated(not_held_out(BATCH)), tiny_td.RUN.recordings[0].decoder)})
     write_lines(out / "distill_facts.jsonl", [x | circumstances() for x in facts])
     return finish(out, readme)
 
@@ -279,8 +286,9 @@ def _told(facts: Sequence[dict[str, Any]]) -> list[str]:
     for x in facts:
         if "kept" in x:
             told.append(
-                f"- {x['arm']}: `{x['objectives']}`; {x['kept']} of {x['trajectories']} trajectories kept "
-                f"({x['bytes'] / x['trajectories']:.0f} bytes each); record {x['record_seconds']:.0f} s, "
+                f"- {x['arm']}, {x['steps']} updates, begins with {x['start']}: "
+                f"`{x['objectives']}`; {x['kept']} of "
+                f"{x['trajectories']} trajectories kept ({x['bytes'] / x['trajectories']:.0f} bytes each); record {x['record_seconds']:.0f} s, "
                 f"filter {x['filter_seconds']:.0f} s, train {x['train_seconds']:.0f} s."
             )
         elif "ratio" in x:

@@ -1,7 +1,7 @@
 """The small model, distilled."""
 
 import djax
-from djax.distill import Certainty, Compression, Distillation, Plain, Recipe, Settings, Stride
+from djax.distill import Compression, Distillation, Recipe, Settings, Stride
 
 RUN = Distillation(
     problems=8000,
@@ -21,11 +21,3 @@ RUN = Distillation(
     ),
     decoding=Settings(decoder=djax.Threshold(0.99)),
 )
-
-# What `djax bench distill` compares. The control learns the same answers by plain masked diffusion.
-ARMS = {
-    "both": RUN.recipe.objectives,
-    "compression": (Compression(Stride(64)),),
-    "control": (Plain(),),
-    "certainty": (Certainty(masked=0.9),),
-}

@@ -1,6 +1,6 @@
 """A second round: the distilled small model records its own decodes, of other problems, and learns from them.
 
-    djax distill tiny_td_again --model runs/td/model --out runs/td-again --eval
+djax distill tiny_td_again --model runs/td/model --out runs/td-again --eval
 """
 
 import dataclasses

@@ -694,28 +694,17 @@ class Distillation:
     """Where trajectories and the trained models go."""
     out: Annotated[Path, arg(metavar="DIR")]
     """Where distill.jsonl, distill.md and distill.png go."""
-    config: str = "tiny_td"
-    """The distillation of configs/ that has the ARMS to compare."""
     problems: int = 500
     """How many held-out problems; the same ones for the same number."""
     readme: Annotated[Path | None, arg(metavar="FILE")] = None
     """Also write the table into this Markdown file, between its two marks."""
 
     def run(self, console: Console) -> None:
-        import importlib
-
-        import djax
         from djax.benchmarks import distill
-        from djax.checks import whole_number
-        from djax.distill import Distillation as Loop
 
-        count = whole_number(self.problems, "--problems", at_least=1)
-        run = _config(self.config, Loop)
-        arms = getattr(importlib.import_module(f"djax.configs.{self.config}"), "ARMS", None)
-        if not arms:
-            raise OptionError(f"--config: {self.config} has no ARMS to compare")
+        model, problems = _model_and_problems(None, self.problems)
         places = dict(work=self.work, out=self.out, readme=self.readme)
-        print(distill.run(run, arms, **places, model=djax.load(), problems=count, console=console, note=_note(console)))
+        print(distill.run(**places, model=model, problems=len(problems), console=console, note=_note(console)))
 
 
 Benchmark = (

@@ -13,7 +13,6 @@ from djax import distill
 from djax.benchmarks import distill as benchmark
 from djax.benchmarks.report import read_lines
 from djax.cli import main
-from djax.configs import tiny_td
 from djax.distill.run import generated, read_problems
 from djax.errors import OptionError, TrainingError
 from djax.training import problems
@@ -180,7 +179,14 @@ def test_the_arms_of_the_benchmark_and_its_tables(small, finished, tmp_path, mon
     assert text.count("AUP") == 2
     assert "- after: " in text
     assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
-    assert set(tiny_td.ARMS) == {"compression", "certainty", "both", "control"}
+    starts = {name: start for name, (start, _) in benchmark.ARMS.items()}
+    assert starts == {
+        **dict.fromkeys(("both", "compression", "control", "certainty"), "before"),
+        **{f"{name}, again": name for name in ("both", "control")},
+    }
+    steps = {name: arm.recipe.steps for name, (_, arm) in benchmark.ARMS.items()}
+    assert len({steps[name] for name in ("both", "compression", "control", "certainty")}) == 1, "as many updates each"
+    assert steps["both, again"] == steps["control, again"]
 
 
 def test_aup_by_hand():
