@@ -4,8 +4,8 @@
 
 All arms of the first round start from the same model, learn from the same kept trajectories and take the same number of
 updates, the control by plain masked diffusion on the kept answers. A second round begins with a first one's model, on its own
-decodes. Every point is one JSON line in distill.jsonl; distill.md and distill.png are made from those lines alone. The area under
-a curve is d3LLM's AUP (arXiv 2601.07568).
+decodes. Every point is one JSON line in distill.jsonl; distill.md and distill.png are made from those lines alone. The area
+under a curve is d3LLM's AUP (arXiv 2601.07568).
 """
 
 import dataclasses
@@ -288,8 +288,8 @@ def _told(facts: Sequence[dict[str, Any]]) -> list[str]:
             told.append(
                 f"- {x['arm']}, {x['steps']} updates, begins with {x['start']}: "
                 f"`{x['objectives']}`; {x['kept']} of "
-                f"{x['trajectories']} trajectories kept ({x['bytes'] / x['trajectories']:.0f} bytes each); record {x['record_seconds']:.0f} s, "
-                f"filter {x['filter_seconds']:.0f} s, train {x['train_seconds']:.0f} s."
+                f"{x['trajectories']} trajectories kept ({x['bytes'] / x['trajectories']:.0f} bytes each); "
+                f"record {x['record_seconds']:.0f} s, filter {x['filter_seconds']:.0f} s, train {x['train_seconds']:.0f} s."
             )
         elif "ratio" in x:
             told.append(
