@@ -38,9 +38,10 @@ def load(
 ) -> Model:
     """Load a model.
 
-    path:  None for the small model that ships with djax; a HF directory (config.json, safetensors in one file or in
-           shards, tokenizer.json); a directory that `save` or `djax convert` wrote; or the name of a model on the Hugging
-           Face hub (`inclusionAI/LLaDA-MoE-7B-A1B-Instruct`), whose files then lie in the hub's own cache.
+    path:  None for the small model that ships with djax, "tiny-td" for the same one distilled to need fewer forwards; a HF
+           directory (config.json, safetensors in one file or in shards, tokenizer.json); a directory that `save` or `djax
+           convert` wrote; or the name of a model on the Hugging Face hub (`inclusionAI/LLaDA-MoE-7B-A1B-Instruct`), whose files
+           then lie in the hub's own cache.
     dtype: "float32" or "bfloat16" for the parameters; None takes what the config says (torch_dtype), float16 and
            float64 as float32.
     mesh:  None for one device; `djax.mesh(model=8)` splits heads, experts and vocabulary over eight, each of which reads only

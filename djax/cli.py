@@ -103,7 +103,7 @@ class Generate:
     lines: bool = False
     """Every line of the file or of standard input is a question of its own; they are decoded together."""
     model: Checkpoint = None
-    """A checkpoint directory, HF's or one that `djax convert` wrote."""
+    """A checkpoint directory, HF's or one that `djax convert` wrote; tiny-td is the small model, distilled."""
     dtype: str | None = None
     """float32 or bfloat16 for the parameters; by default the checkpoint's own."""
     quantize: str | None = None

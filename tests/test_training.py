@@ -12,6 +12,7 @@ import pytest
 import djax
 from djax.configs.small import RUN
 from djax.errors import OptionError
+from djax.source import NAMED, SHIPPED
 from djax.training import data, objective, problems
 from djax.training.evaluate import evaluate, wilson
 from djax.training.train import Stage, train
@@ -155,8 +156,6 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
 
 def test_the_shipped_model(small):
     """Small enough to ship, of the published configuration, and it answers."""
-    from djax.source import SHIPPED
-
     assert sum(f.stat().st_size for f in SHIPPED.iterdir()) <= 8_000_000
     assert small.parameter_count > 1_000_000
     shape = json.loads((SHIPPED / "config.json").read_text())
@@ -167,6 +166,18 @@ def test_the_shipped_model(small):
     report = evaluate(small, problems.held_out(30), max_batch=30, decoder=djax.Threshold(0.9), cache=djax.Dual())
     assert report.accuracy >= 0.5, report
     assert report.tokens_per_forward > 2, report
+
+
+def test_the_distilled_model_ships_and_needs_fewer_forwards(small):
+    """The full figures are in the README; 60 problems tell it from the one it was made from."""
+    directory = NAMED["tiny-td"]
+    assert sum(f.stat().st_size for f in directory.iterdir()) <= 8_000_000
+    distilled = djax.load("tiny-td")
+    assert repr(distilled) == repr(small)
+    options = dict(max_batch=30, decoder=djax.Threshold(0.997))
+    before, after = (evaluate(model, problems.held_out(60), **options) for model in (small, distilled))
+    assert after.tokens_per_forward > 1.25 * before.tokens_per_forward, (before, after)
+    assert after.correct >= before.correct - 4, (before, after)
 
 
 def test_wilson():

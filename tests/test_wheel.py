@@ -22,9 +22,14 @@ def test_wheel(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"djax"}
-    for needed in ("djax/convert/llada_moe.py", "djax/configs/small.py", "djax/small/model.safetensors", "djax/py.typed"):
+    for needed in (
+        "djax/convert/llada_moe.py",
+        "djax/configs/small.py",
+        "djax/small/model.safetensors",
+        "djax/tiny_td/model.safetensors",
+    ):
         assert needed in names
-    assert wheel.stat().st_size < 10_000_000
+    assert wheel.stat().st_size < 16_000_000
 
     # Imported from the wheel alone, in another folder: the installed package must not lean on the checkout.
     target = tmp_path / "target"
@@ -33,7 +38,7 @@ def test_wheel(tmp_path):
     code = f"""import sys; sys.path.insert(0, {str(target)!r})
 import djax.convert, djax.configs.small
 print(djax.convert.__file__)
-print(djax.load())
+print(djax.load(), djax.load("tiny-td"))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
