@@ -14,7 +14,7 @@ import pytest
 
 import djax
 from djax.benchmarks import compile as compiling
-from djax.benchmarks import conversion, devices, ladder, soft_top, speed
+from djax.benchmarks import conversion, devices, distill, ladder, soft_top, speed
 from djax.benchmarks.report import read_lines, with_part
 from djax.source import SHIPPED
 
@@ -61,6 +61,16 @@ def test_the_ladder_is_made_from_the_results(tmp_path):
     (tmp_path / "ladder.jsonl").write_bytes((results / "ladder.jsonl").read_bytes())
     (tmp_path / "README.md").write_text(README)
     assert ladder.finish(tmp_path, tmp_path / "README.md") == (results / "ladder.md").read_text()
+    assert (tmp_path / "README.md").read_text() == README
+
+
+def test_what_distillation_buys_is_made_from_the_results(tmp_path):
+    results = ROOT / "benchmarks" / "results"
+    for name in ("distill.jsonl", "distill_facts.jsonl"):
+        (tmp_path / name).write_bytes((results / name).read_bytes())
+    (tmp_path / "README.md").write_text(README)
+    distill.finish(tmp_path, tmp_path / "README.md")
+    assert (tmp_path / "distill.md").read_text() == (results / "distill.md").read_text()
     assert (tmp_path / "README.md").read_text() == README
 
 
