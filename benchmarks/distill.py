@@ -202,7 +202,7 @@ def draw(lines: Sequence[dict[str, Any]], file: Path) -> None:
     os.replace(partial, file)
 
 
-def cost(model: Any, problems: Sequence[Problem], decoder: Any, repeats: int = 7) -> dict[str, Any]:
+def cost(model: Any, problems: Sequence[Problem], decoder: Any, repeats: int = 25) -> dict[str, Any]:
     """Seconds per forward of decodes with a trace and without, turn by turn; medians and their ratio."""
     asked = [p["prompt"] for p in problems[:BATCH]]
     seconds: dict[bool, list[float]] = {False: [], True: []}

@@ -144,7 +144,7 @@ def _decode_block(
     one = running.astype(jnp.int32)
     keep = partial(jax.tree.map, lambda new, old: jnp.where(running.reshape((-1,) + (1,) * (new.ndim - 1)), new, old))
     if rows.trace:
-        confidence = _take(probability(logits, tokens), offset)
+        confidence = _take(probability(logits, tokens, tick.mask_id), offset)
         trace = rows.trace.add(rows.forwards, rows.start, tokens, write, confidence, running, whole)
     else:
         trace = ()

@@ -111,7 +111,7 @@ def candidates(
     takes_mask = is_mask & ~stuck
     tokens = jnp.where(takes_mask, tick.mask_id, other)
     if key is not None:
-        confidence = probability(logits, tokens)
+        confidence = probability(logits, tokens, tick.mask_id)
     else:
         # The chosen token's logit is at hand.
         confidence = _share(jnp.where(takes_mask, of_mask_id, highest), logits, jnp.maximum(highest, of_mask_id))
@@ -140,9 +140,16 @@ def best_and_probability(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     return tokens, _share(highest, logits, highest)
 
 
-def probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """softmax(logits)[tokens], float32 `[B, S]`."""
-    return _share(jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0], logits, jnp.max(logits, axis=-1))
+def probability(logits: jax.Array, tokens: jax.Array, mask_id: jax.Array) -> jax.Array:
+    """softmax(logits)[tokens], float32 `[B, S]`.
+
+    The maximum is taken as `candidates` takes it, apart for the mask id: beside a decoder that asked for its candidates XLA
+    then sums the exponentials once.
+    """
+    is_mask_id = (jnp.arange(logits.shape[-1]) == mask_id)[None, None, :]
+    other = jnp.max(jnp.where(is_mask_id, -jnp.inf, logits), axis=-1)
+    top = jnp.maximum(other, jnp.max(jnp.where(is_mask_id, logits, -jnp.inf), axis=-1))
+    return _share(jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0], logits, top)
 
 
 def _share(chosen: jax.Array, logits: jax.Array, top: jax.Array) -> jax.Array:
