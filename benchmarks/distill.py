@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ from typing import Any
 
 import djax
 from djax.benchmarks.circumstances import circumstances
-from djax.benchmarks.ladder import Rung, hierarchies, import_pyplot, thresholds
+from djax.benchmarks.ladder import Rung, hierarchies, import_pyplot, save, thresholds
 from djax.benchmarks.report import put, read_lines, write, write_lines
 from djax.configs import tiny_td, tiny_td_again
 from djax.distill import Certainty, Compression, Distillation, Plain, Stride, distil, judge
@@ -196,10 +195,7 @@ def draw(lines: Sequence[dict[str, Any]], file: Path) -> None:
     figure.supxlabel("tokens per forward (mean over problems, up to EOS)")
     figure.supylabel("accuracy, % (bars: 95% Wilson intervals)")
     panels.flat[0].legend(fontsize=8)
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    figure.savefig(partial, format="png", dpi=130)
-    pyplot.close(figure)
-    os.replace(partial, file)
+    save(figure, file)
 
 
 def cost(model: Any, problems: Sequence[Problem], decoder: Any, repeats: int = 25) -> dict[str, Any]:

@@ -288,6 +288,16 @@ def import_pyplot(command: str) -> Any:
     return pyplot
 
 
+def save(figure: Any, file: Path) -> None:
+    """As a PNG, whole or not at all."""
+    from matplotlib import pyplot
+
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    figure.savefig(partial, format="png", dpi=130)
+    pyplot.close(figure)
+    os.replace(partial, file)
+
+
 def draw(lines: list[dict[str, Any]], file: Path) -> None:
     """Accuracy against tokens per forward: a line a rung, its 95% intervals, and the Pareto front behind them."""
     pyplot = import_pyplot("djax bench ladder")
@@ -324,10 +334,7 @@ def draw(lines: list[dict[str, Any]], file: Path) -> None:
     axes.set_title(f"{x['problems']} held-out problems, gen_length {x['gen_length']}, block_length 32 if not named")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    figure.savefig(partial, format="png", dpi=130)
-    pyplot.close(figure)
-    os.replace(partial, file)
+    save(figure, file)
 
 
 def finish(out: Path, readme: Path | None) -> str:

@@ -436,7 +436,7 @@ class Distill:
         model = djax.load(self.model, dtype=self.dtype, mesh=mesh)
         options = dict(problems=problems, held_out=held_out, verifier=self.verifier, traces=self.traces, console=console)
         if self.eval and (self.out / "model").exists():
-            # A run that is finished can still be measured.
+            _note(console)(f"{self.out / 'model'}: this run is finished, so nothing is trained, only measured")
             trained = djax.load(self.out / "model", dtype=str(model.dtype), mesh=mesh)
         else:
             trained = distil(model, run, self.out, note=_note(console), **options)

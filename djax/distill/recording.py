@@ -51,8 +51,8 @@ def record(
     settings = {k: v if isinstance(v, plain) else repr(v) for k, v in options.items()} | {"samples": samples, "seed": seed}
     store = Store.create(directory, model, settings)
     wanted = [(i, n) for i in range(len(problems)) for n in range(samples)]
-    first, done = store.parts, _same_problems(store, problems, samples)
-    for number, at in enumerate(range(done, len(wanted), PART), first):
+    done = _same_problems(store, problems, samples)
+    for number, at in enumerate(range(done, len(wanted), PART), store.parts):
         part: list[Trajectory] = []
         group = wanted[at : at + PART]
         for first in range(0, len(group), max_batch):

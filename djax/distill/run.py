@@ -5,6 +5,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from djax.errors import OptionError, TraceError
 from djax.generate import generate
 from djax.model import Model
 from djax.training import problems as word_problems
-from djax.training.evaluate import Report, report
+from djax.training.evaluate import Report, answered, report
 
 # Problems decoded together while recording. Changes no trajectory.
 BATCH = 50
@@ -99,11 +100,8 @@ def judge(
     **options: Any,
 ) -> Report:
     """Answer problems (as `record` takes them) by `djax.generate`'s options and count; right is a score of at least `least`."""
-    check, answers = verify.known(verifier), []
-    for i in range(0, len(problems), max_batch):
-        answers += generate(model, [p["prompt"] for p in problems[i : i + max_batch]], **options)
-        if progress is not None:
-            progress(len(answers))
+    check = verify.known(verifier)
+    answers = answered(partial(generate, model, **options), [p["prompt"] for p in problems], max_batch, progress)
     asked = (
         verify.ask(check, p, a.text or "", verifier_seconds, f"problem {n}")
         for n, (p, a) in enumerate(zip(problems, answers, strict=True))
@@ -165,8 +163,8 @@ def distil(
 
     problems, held_out: mappings with a "prompt" and what the verifier needs; by default generated word problems, and ones never
     trained on. `directory` also gets traces/ (a store a recording; `traces` is another place for them, which runs may share),
-    training/ (`train`) and facts.json. Raises `OptionError` if it holds a
-    finished run, and what `record`, `verify.keep` and `train` raise.
+    training/ (`train`) and facts.json. Raises `OptionError` if it holds a finished run, and what `record`, `verify.keep` and
+    `train` raise.
     """
     directory = Path(directory).expanduser()
     if (directory / "model").exists():
@@ -182,17 +180,15 @@ def distil(
     if seen:
         raise OptionError(f"held_out: expected problems that are not trained on, {len(seen)} are: {sorted(seen)[0]:.80}")
     kept, facts = recorded(model, run, Path(traces or directory / "traces"), problems, verifier, note)
-    options = run.decoding.options()
 
     def evaluated(model: Model) -> Report:
-        return judge(model, held_out, verifier, least=run.least, **options)
+        return judge(model, held_out, verifier, least=run.least, **run.decoding.options())
 
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OptionError(f"{directory}: cannot be a directory: {error}") from error
-    by = verifier if isinstance(verifier, str) else getattr(verifier, "__name__", type(verifier).__name__)
-    asked = json.dumps([repr(run.decoding), by, run.least, [dict(p) for p in held_out]])
+    asked = json.dumps([repr(run.decoding), verify.name_of(verifier), run.least, [dict(p) for p in held_out]])
     before = _before(directory / "before.json", hashlib.sha256(asked.encode()).hexdigest(), lambda: evaluated(model))
 
     def evaluate(model: Model) -> Mapping[str, float]:

@@ -124,7 +124,7 @@ class Store:
             raise TraceError(f"{self.directory}: trajectories of format {kind!r}, expected {FORMAT}")
 
     @classmethod
-    def create(cls, directory: str | os.PathLike, model: Model, settings: Mapping[str, Any], **more: Any) -> "Store":
+    def create(cls, directory: str | os.PathLike, model: Model, settings: Mapping[str, Any]) -> "Store":
         """Open the store, or begin one, of this model and these settings (JSON values)."""
         path = Path(directory).expanduser()
         if not (path / MANIFEST).exists():
@@ -135,12 +135,13 @@ class Store:
             # What a process that was killed at this very moment has left is none of the user's.
             if any(not file.name.startswith(f".{MANIFEST}.") for file in path.iterdir()):
                 raise TraceError(f"{path}: is not empty and holds no trajectories; choose another directory")
-            described = {"format": FORMAT, "settings": dict(settings), "model": repr(model), **more}
+            described = {"format": FORMAT, "settings": dict(settings), "model": repr(model)}
             described |= {"checksum": checksum(model), "tokenizer": tokenizer_checksum(model)}
             write(path / MANIFEST, (json.dumps(described, indent=1) + "\n").encode())
+            return cls(path)
         store = cls(path)
         store.check(model)
-        wrong = [k for k in {*store.settings, *settings} if store.settings.get(k) != json.loads(json.dumps(settings)).get(k)]
+        wrong = [k for k in {*store.settings, *settings} if store.settings.get(k) != settings.get(k)]
         if wrong:
             there = ", ".join(f"{k}={store.settings.get(k)!r}" for k in sorted(wrong))
             raise TraceError(f"{path}: holds trajectories of other settings ({there}); choose another directory")

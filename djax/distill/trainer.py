@@ -5,9 +5,9 @@ number of devices nor a restart changes it.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -411,8 +411,8 @@ def _writing(directory: Path) -> Iterator[None]:
 
 def _same_run(directory: Path, model: Model, examples: Examples, recipe: Recipe) -> None:
     """The directory is new, or of this very run."""
-    data = jax.tree.map(lambda a: np.ascontiguousarray(a).tobytes(), examples.rows)
-    described = {"recipe": repr(recipe), "model": checksum(model), "trajectories": len(examples), "data": _digest(data)}
+    data = hashlib.sha256(b"".join(a.tobytes() for a in examples.rows)).hexdigest()
+    described = {"recipe": repr(recipe), "model": checksum(model), "trajectories": len(examples), "data": data}
     file = directory / "run.json"
     try:
         there = json.loads(file.read_text())
@@ -426,15 +426,6 @@ def _same_run(directory: Path, model: Model, examples: Examples, recipe: Recipe)
     wrong = [name for name in described if described[name] != there.get(name)]
     if wrong:
         raise OptionError(f"{directory}: holds a run with other settings ({', '.join(wrong)} differ); choose another directory")
-
-
-def _digest(parts: Sequence[bytes]) -> str:
-    import hashlib
-
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
 
 
 def _begin(model: Model, recipe: Recipe) -> tuple[State, Any]:
@@ -512,6 +503,4 @@ def _forget_after(file: Path, step: int) -> None:
                 continue  # half a line: it was killed there
             if entry["step"] <= step:
                 lines.append(line + "\n")
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
-        partial.write_text("".join(lines))
-        os.replace(partial, file)
+        write(file, "".join(lines).encode())

@@ -173,7 +173,7 @@ def keep(
     """
     check = known(verifier)
     shipped = isinstance(verifier, str)
-    name = verifier if shipped else getattr(verifier, "__name__", type(verifier).__name__)
+    name = name_of(verifier)
     kept, count, best = [], 0, 0.0
     for n in range(store.parts):
         part = store.part(n)
@@ -197,6 +197,10 @@ def keep(
             f"{best:g}); record more, with surer settings, or look whether the verifier reads these answers"
         )
     return kept
+
+
+def name_of(verifier: Verifier | str) -> str:
+    return verifier if isinstance(verifier, str) else getattr(verifier, "__name__", type(verifier).__name__)
 
 
 def known(verifier: Verifier | str) -> Verifier:

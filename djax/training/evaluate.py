@@ -4,6 +4,7 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from djax.generate import Generation, generate
@@ -68,12 +69,23 @@ def evaluate(
 ) -> Report:
     """Answer every problem and count: `answer(model, questions, **options)`, by default `djax.generate`. `progress` is called
     with the number done so far."""
-    answers = []
-    for i in range(0, len(problems), max_batch):
-        answers += answer(model, [p.question for p in problems[i : i + max_batch]], **options)
+    answers = answered(partial(answer, model, **options), [p.question for p in problems], max_batch, progress)
+    return report(answers, [stated_result(a.text) == p.result for a, p in zip(answers, problems, strict=True)])
+
+
+def answered(
+    answer: Callable[[list[Any]], list[Generation]],
+    prompts: list[Any],
+    max_batch: int,
+    progress: Callable[[int], None] | None = None,
+) -> list[Generation]:
+    """What `answer` says of the prompts, so many at a time. `progress` is called with the number done so far."""
+    answers: list[Generation] = []
+    for i in range(0, len(prompts), max_batch):
+        answers += answer(prompts[i : i + max_batch])
         if progress is not None:
             progress(len(answers))
-    return report(answers, [stated_result(a.text) == p.result for a, p in zip(answers, problems, strict=True)])
+    return answers
 
 
 def report(answers: list[Generation], right: list[bool]) -> Report:
