@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -387,9 +387,13 @@ def train(
                     metrics = None if figures is None else {"score": figures["score"]}
                     with _writing(directory):
                         saved.save_async(done, copy, force=True, metrics=metrics)
-    finally:
-        with _writing(directory):
+    except BaseException:
+        # What went wrong first is told, not what it made of a checkpoint that was under way.
+        with suppress(Exception):
             saved.close()
+        raise
+    with _writing(directory):
+        saved.close()
     with orbax.Checkpointer((directory / "checkpoints").resolve()) as saved:
         scored = [c for c in saved.checkpoints if c.metrics and "score" in c.metrics]
         best = max(scored, key=lambda c: (c.metrics["score"], c.step), default=saved.latest)
@@ -401,9 +405,9 @@ def _writing(directory: Path) -> Iterator[None]:
     """What files and Orbax raise while the disk is full, or a directory is gone, as `TrainingError`."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, DjaxError):
-            raise
+    except DjaxError:
+        raise
+    except Exception as error:  # Orbax and tensorstore raise many kinds
         raise TrainingError(
             f"{directory}: cannot be written: {error}; what was saved before is there, start again to go on"
         ) from error
