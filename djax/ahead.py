@@ -10,6 +10,7 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save_file
 
+from djax import native
 from djax.checks import whole_number
 from djax.compilation import enable_cache
 from djax.directories import free, new_directory
@@ -84,7 +85,7 @@ def export_program(
 
     arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (parameters, request._asdict(), numbers))
     allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in _UNPROMISED]
-    with computing(model):
+    with computing(model), native.portable():
         exported = jax.export.export(jax.jit(program), platforms=[platform], disabled_checks=allowed)(*arguments)
     manifest = {
         "jax": jax.__version__,

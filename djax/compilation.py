@@ -21,19 +21,11 @@ _decided = False
 def compile_cache(directory: str | os.PathLike | None) -> None:
     """Keep compiled programs in `directory`, or keep none (None). Overrides the default and DJAX_COMPILE_CACHE.
 
-    The directory is made private (mode 700): a compiled program is code that the next run executes. Raises
-    `OptionError` if it belongs to another user or others may write to it.
+    The directory is made private, with `OptionError` where it cannot be (`private_directory`).
     """
     global _decided
     if directory is not None:
-        directory = Path(directory).expanduser()
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        info = directory.stat()
-        if info.st_uid != os.getuid():
-            raise OptionError(f"compile cache {directory}: expected a directory of your own, it is user {info.st_uid}'s")
-        if stat.S_IMODE(info.st_mode) & 0o022:
-            raise OptionError(f"compile cache {directory}: others may write to it; run chmod 700 on it or choose another")
-        directory.chmod(0o700)
+        directory = private_directory(directory)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     jax.config.update("jax_compilation_cache_dir", directory and str(directory))
@@ -59,6 +51,22 @@ def enable_cache() -> None:
         except (OSError, OptionError) as error:
             _decided = True
             warnings.warn(f"no compile cache, programs compile anew in each process: {error}", stacklevel=3)
+
+
+def private_directory(directory: str | os.PathLike) -> Path:
+    """The directory, made if it is not there, private (mode 700): what it holds is code that later runs execute.
+
+    Raises `OptionError` if it belongs to another user or others may write to it.
+    """
+    directory = Path(directory).expanduser()
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    info = directory.stat()
+    if info.st_uid != os.getuid():
+        raise OptionError(f"compile cache {directory}: expected a directory of your own, it is user {info.st_uid}'s")
+    if stat.S_IMODE(info.st_mode) & 0o022:
+        raise OptionError(f"compile cache {directory}: others may write to it; run chmod 700 on it or choose another")
+    directory.chmod(0o700)
+    return directory
 
 
 def default_directory() -> Path:

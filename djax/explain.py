@@ -106,8 +106,9 @@ def _facts(model: Model, asked: Asked, ask: Request, b: int) -> dict[str, str]:
 def _back_ends(model: Model) -> dict[str, str]:
     if not hasattr(model.family, "back_ends"):
         return {}
-    platform = jax.default_backend()
-    return {layer: f"{form} (on {platform})" for layer, form in model.family.back_ends(model.config, platform).items()}
+    platform, held = jax.default_backend(), jnp.dtype(model.quantized or model.dtype)
+    forms = model.family.back_ends(model.config, platform, model.dtype, held)
+    return {layer: f"{form} (on {platform})" for layer, form in forms.items()}
 
 
 def _leaves(asked: Asked) -> str:

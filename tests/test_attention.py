@@ -1,21 +1,25 @@
-"""The fused attention kernel, interpreted on a CPU, against the plain form: values, gradients, and what is hidden."""
+"""Attention's kernels, the GPU's interpreted on a CPU, against the plain form: values, gradients, and what is hidden."""
 
 import os
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from djax.models.attention import fused, plain, suits
+from djax.models import attention_cpu
+from djax.models.attention import fused, on_cpu, plain, suits
 from djax.models.layers import rotary_angles
 
 # On a machine with a GPU the kernel itself runs.
 INTERPRET = jax.default_backend() == "cpu"
 BATCH, WINDOW, GROUPS, HEAD_DIM, CANVAS = 2, 39, 2, 32, 100
 EPS = 1e-5
+FORMS = {"Pallas": partial(fused, eps=EPS, interpret=INTERPRET), "C++": partial(on_cpu, eps=EPS)}
+forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 
 def inputs(per_group, dtype, cache, seed=0, norm=True, blocks=None):
@@ -36,63 +40,92 @@ def inputs(per_group, dtype, cache, seed=0, norm=True, blocks=None):
     return qkv, norms, angles, valid, (normal(*kv), normal(*kv)), visible, until
 
 
+@forms
 @pytest.mark.parametrize("cache", [False, True])
 @pytest.mark.parametrize("per_group", [1, 2])
 @pytest.mark.parametrize(("dtype", "close"), [(jnp.float32, 2e-5), (jnp.bfloat16, 3e-2)])
-def test_the_kernel_equals_the_plain_form(cache, per_group, dtype, close):
+def test_the_kernel_equals_the_plain_form(form, cache, per_group, dtype, close):
     arguments = inputs(per_group, dtype, cache)
     valid = np.asarray(arguments[3])
-    got, k, v = fused(*arguments, eps=EPS, interpret=INTERPRET)
+    got, k, v = form(*arguments)
     expected, plain_k, plain_v = plain(*arguments, eps=EPS)
     assert got.dtype == k.dtype == v.dtype == dtype
     np.testing.assert_allclose(np.asarray(got, np.float32)[valid], np.asarray(expected, np.float32)[valid], atol=close)
-    np.testing.assert_allclose(np.asarray(k, np.float32), np.asarray(plain_k, np.float32), atol=close)
+    np.testing.assert_allclose(np.asarray(k, np.float32), np.asarray(plain_k, np.float32), atol=close, rtol=close / 3)
     assert np.array_equal(v, plain_v)
 
 
+@forms
 @pytest.mark.parametrize("cache", [False, True])
 @pytest.mark.parametrize(("dtype", "close"), [(jnp.float32, 2e-5), (jnp.bfloat16, 3e-2)])
-def test_no_norms_half_rotary_and_blocks_that_see_what_is_before_them(cache, dtype, close):
+def test_no_norms_half_rotary_and_blocks_that_see_what_is_before_them(form, cache, dtype, close):
     arguments = inputs(1, dtype, cache, norm=False, blocks=8)
     valid = np.asarray(arguments[3])
-    got, k, _ = fused(*arguments, eps=EPS, interpret=INTERPRET)
+    got, k, _ = form(*arguments)
     expected, plain_k, _ = plain(*arguments, eps=EPS)
     assert got.dtype == k.dtype == dtype
     np.testing.assert_allclose(np.asarray(got, np.float32)[valid], np.asarray(expected, np.float32)[valid], atol=close)
-    np.testing.assert_allclose(np.asarray(k, np.float32), np.asarray(plain_k, np.float32), atol=close)
+    np.testing.assert_allclose(np.asarray(k, np.float32), np.asarray(plain_k, np.float32), atol=close, rtol=close / 3)
     everything, _, _ = plain(*arguments[:-1], None, eps=EPS)
     assert np.abs(np.asarray(everything, np.float32) - np.asarray(expected, np.float32))[valid].max() > 10 * close
 
 
-def test_hidden_keys_weigh_nothing():
+@forms
+def test_hidden_keys_weigh_nothing(form):
     qkv, norms, angles, valid, (k, v), visible, _ = inputs(1, jnp.float32, True)
     hidden = jnp.repeat(~visible, HEAD_DIM, axis=1)[:, None, :]
     spoiled = jnp.where(hidden, 1e6, k), jnp.where(hidden, -1e6, v)
-    one = fused(qkv, norms, angles, valid, (k, v), visible, None, eps=EPS, interpret=INTERPRET)[0]
-    two = fused(qkv, norms, angles, valid, spoiled, visible, None, eps=EPS, interpret=INTERPRET)[0]
+    one = form(qkv, norms, angles, valid, (k, v), visible, None)[0]
+    two = form(qkv, norms, angles, valid, spoiled, visible, None)[0]
     assert np.array_equal(np.asarray(one)[valid], np.asarray(two)[valid])
 
 
-def test_the_gradient_is_the_plain_form_s():
+@forms
+def test_the_gradient_is_the_plain_form_s(form):
     arguments = inputs(2, jnp.float32, False)
 
-    def loss(form, qkv):
-        out, k, v = form(qkv)
+    def loss(f, qkv):
+        out, k, v = f(qkv)
         return jnp.sum(jnp.where(arguments[3][..., None, None], out, 0) ** 2) + jnp.sum(k * v)
 
-    got = jax.grad(lambda x: loss(lambda x: fused(x, *arguments[1:], eps=EPS, interpret=INTERPRET), x))(arguments[0])
+    got = jax.grad(lambda x: loss(lambda x: form(x, *arguments[1:]), x))(arguments[0])
     expected = jax.grad(lambda x: loss(lambda x: plain(x, *arguments[1:], eps=EPS), x))(arguments[0])
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
-def test_widths_it_does_not_take_go_the_plain_way():
+def test_on_a_cpu_a_query_gets_the_same_bits_whatever_is_hidden_from_it():
+    """Without the other row, on a canvas that is longer by hidden positions, and beside fewer queries, nothing changes."""
+    qkv, norms, angles, valid, cached, visible, _ = inputs(2, jnp.float32, True)
+    few = 25
+    valid = valid.at[1, few:].set(False)
+    out, k, _ = on_cpu(qkv, norms, angles, valid, cached, visible, None, eps=EPS)
+    part = tuple(a[1:, :few] for a in (qkv, *angles, valid))
+    longer = tuple(jnp.pad(a[1:], ((0, 0), (0, 0), (0, 50 * HEAD_DIM)), constant_values=9.0) for a in cached)
+    seen = jnp.pad(visible[1:], ((0, 0), (0, 50)))
+    alone, own_k, _ = on_cpu(part[0], norms, part[1:3], part[3], longer, seen, None, eps=EPS)
+    assert np.array_equal(alone[0], out[1, :few])
+    assert np.array_equal(own_k[0], k[1, :, : few * HEAD_DIM])
+
+
+def test_a_query_that_sees_nothing_gets_a_number():
+    qkv, norms, angles, valid, cached, visible, _ = inputs(1, jnp.float32, True)
+    out, _, _ = on_cpu(qkv, norms, angles, valid & False, cached, visible & False, None, eps=EPS)
+    assert np.array_equal(out, np.zeros_like(out))
+
+
+def test_widths_they_do_not_take_go_the_plain_way():
     assert suits(128) and suits(64) and not suits(80) and not suits(16)
+    assert attention_cpu.why_not(96, jnp.float32) is None
+    assert attention_cpu.why_not(80, jnp.float32) == "heads of width 80 are no whole multiple of 32"
 
 
 def test_the_plain_form_can_be_chosen():
-    """On a GPU, for whoever mistrusts the kernels."""
-    code = "from djax.models import attention, moe; print(attention.suits(128), moe.form('cuda', 999, (8, 64, 128)))"
-    for form, expected in (("pallas", "True kernels"), ("xla", "False dense")):
+    """For whoever mistrusts the kernels."""
+    code = (
+        "import jax; from djax.models import attention, moe; w = jax.ShapeDtypeStruct((8, 64, 128), 'float32')\n"
+        "print(attention.suits(128), *(moe.form(p, 999, w, w.dtype) for p in ('cuda', 'cpu')))"
+    )
+    for form, expected in (("djax", "True kernels cpu kernel"), ("xla", "False dense tiles")):
         done = subprocess.run(
             [sys.executable, "-c", code], env=os.environ | {"DJAX_KERNELS": form}, capture_output=True, text=True, cwd="/"
         )
@@ -103,5 +136,5 @@ def test_the_plain_form_can_be_chosen():
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 2 and "DJAX_KERNELS: expected 'pallas' or 'xla', got 'fast'" in done.stderr
+    assert done.returncode == 2 and "DJAX_KERNELS: expected 'djax' or 'xla', got 'fast'" in done.stderr
     assert "Traceback" not in done.stderr

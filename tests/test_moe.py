@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from djax.models import expert_kernel, moe, quantized
+from djax.models import expert_cpu, expert_kernel, moe, quantized
 
 # The widths are the least that the kernel takes.
 TOKENS, WIDTH, EXPERTS, EXPERT_WIDTH, TOP = 70, 64, 6, 64, 2
 # On a machine with a GPU the kernel itself runs.
 INTERPRET = jax.default_backend() == "cpu"
 kernel = partial(moe.grouped, chosen=partial(expert_kernel.chosen, interpret=INTERPRET))
+cpu_kernel = partial(moe.grouped, chosen=expert_cpu.chosen)
 dense_kernel = partial(moe.dense_kernel, interpret=INTERPRET)
 
 
@@ -41,7 +42,7 @@ def rerouted(routing, choose):
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("back_end", [moe.dense, moe.grouped, kernel, dense_kernel, moe.experts])
+@pytest.mark.parametrize("back_end", [moe.dense, moe.grouped, kernel, dense_kernel, cpu_kernel, moe.experts])
 def test_back_ends_equal_the_plain_form_and_its_gradients(back_end, choice):
     x, router, w_in, w_out = layer()
     routing = rerouted(moe.route(x, router, TOP, renormalise=False), CHOICES[choice])
@@ -60,7 +61,7 @@ def test_back_ends_equal_the_plain_form_and_its_gradients(back_end, choice):
         np.testing.assert_allclose(got, expected, atol=2e-5 * float(jnp.max(jnp.abs(expected))))
 
 
-@pytest.mark.parametrize("back_end", [moe.grouped, kernel])
+@pytest.mark.parametrize("back_end", [moe.grouped, kernel, cpu_kernel])
 def test_many_tiles_a_group(back_end):
     """More rows an expert than the widest tile holds."""
     x, router, w_in, w_out = layer()
@@ -102,7 +103,7 @@ def as_int8(name, w):
     return quantized.Int8(jnp.asarray(held), jnp.asarray(scale)), jnp.asarray(held * scale)
 
 
-@pytest.mark.parametrize("back_end", [moe.plain, moe.dense, moe.grouped, kernel, dense_kernel])
+@pytest.mark.parametrize("back_end", [moe.plain, moe.dense, moe.grouped, kernel, dense_kernel, cpu_kernel])
 def test_int8_weights_are_what_they_stand_for(back_end):
     x, router, w_in, w_out = layer()
     w_out = w_out * jnp.arange(1, EXPERT_WIDTH + 1)[None, :, None]  # scales that differ
@@ -117,7 +118,7 @@ def test_int8_weights_are_what_they_stand_for(back_end):
         assert 0.45 < float(np.max(np.abs(w - wide) / step)) <= 0.5 + 1e-4
 
 
-@pytest.mark.parametrize("back_end", [moe.dense, kernel, dense_kernel])
+@pytest.mark.parametrize("back_end", [moe.dense, kernel, dense_kernel, cpu_kernel])
 def test_int8_weights_in_a_bfloat16_model(back_end):
     x, router, w_in, w_out = layer()
     routing, valid = moe.route(x, router, TOP, renormalise=False), jnp.ones(TOKENS, bool)
@@ -135,16 +136,40 @@ def test_padding_costs_the_kernel_nothing_and_is_finite():
     np.testing.assert_array_equal(nobody, 0)
 
 
+def test_on_a_cpu_a_row_gets_the_same_bits_whatever_is_computed_beside_it():
+    x, router, w_in, w_out = layer()
+    routing = moe.route(x, router, TOP, renormalise=False)
+    together = expert_cpu.chosen(x, routing.ids, w_in, w_out)
+    for some in (slice(0, 1), slice(3, 5), slice(10, 40), slice(64, 70)):
+        assert np.array_equal(expert_cpu.chosen(x[some], routing.ids[some], w_in, w_out), together[some])
+    many = expert_cpu.chosen(jnp.tile(x, (40, 1)), jnp.tile(routing.ids, (40, 1)), w_in, w_out)
+    assert np.array_equal(many.reshape(40, *together.shape), jnp.broadcast_to(together, (40, *together.shape)))
+    nobody = expert_cpu.chosen(x, jnp.full_like(routing.ids, EXPERTS), w_in, w_out)
+    assert np.array_equal(nobody, jnp.zeros_like(nobody))
+
+
+def test_more_hidden_rows_than_exist_at_a_time():
+    """20,000 rows of one expert and a few of the others: 16,384 hidden rows are kept."""
+    x, _, w_in, w_out = layer()
+    rows = 20_000
+    ids = jnp.concatenate([jnp.full((rows, 1), 2), jnp.arange(60)[:, None] % EXPERTS]).astype(jnp.int32)
+    got = expert_cpu.chosen(jnp.resize(x, (len(ids), WIDTH)), ids, w_in, w_out)[:, 0]
+    for some in (slice(0, 70), slice(rows - 40, rows + 60)):
+        one = moe.Routing(jnp.ones((100, 1)), ids[some], jnp.zeros((100, EXPERTS)), None)
+        n = len(ids[some])
+        expected = moe.plain(jnp.resize(x, (len(ids), WIDTH))[some], one._replace(weights=jnp.ones((n, 1))), w_in, w_out, None)
+        np.testing.assert_allclose(got[some], expected, atol=2e-5 * float(jnp.max(jnp.abs(expected))))
+
+
 def test_which_form_runs():
+    def form(platform, tokens, shape):
+        return moe.form(platform, tokens, jax.ShapeDtypeStruct(shape, jnp.float32), jnp.float32)
+
     real, narrow = (64, 2048, 2048), (8, 48, 64)
-    assert [moe.form("cpu", tokens, real) for tokens in (16, 4096)] == ["tiles", "tiles"]
-    assert [moe.form("cuda", tokens, real) for tokens in (96, 256, 257, 4096)] == [
-        "dense kernel",
-        "dense kernel",
-        "kernels",
-        "kernels",
-    ]
-    assert moe.form("cuda", 4096, narrow) == moe.form("tpu", 4096, real) == "dense"
+    assert [form("cpu", 16, real), form("cpu", 4096, real), form("cpu", 16, narrow)] == ["cpu kernel", "cpu kernel", "tiles"]
+    windows, refreshes = ([form("cuda", tokens, real) for tokens in some] for some in ((96, 256), (257, 4096)))
+    assert (windows, refreshes) == (["dense kernel"] * 2, ["kernels"] * 2)
+    assert form("cuda", 4096, narrow) == form("tpu", 4096, real) == "dense"
 
 
 def test_router_weights():

@@ -285,14 +285,16 @@ def test_the_loop_is_inside_and_nothing_leaves_the_device(moe_a, cache):
         assert name not in text
 
 
-def test_lowered_for_a_gpu_the_experts_are_dense_products(moe_a):
-    """The back end follows the platform the program is lowered for, not the machine it is lowered on: on a GPU a window
-    step runs no loop over expert tiles. What is left are the decode, its refreshes and its window."""
+@pytest.mark.parametrize(("kernels", "tiles"), [("djax", 0), ("xla", 2)])
+def test_lowered_for_a_gpu_the_experts_are_dense_products(moe_a, monkeypatch, kernels, tiles):
+    """The back end follows the platform the program is lowered for, not the machine it is lowered on: only on a CPU without
+    djax's own function a layer runs loops over expert tiles. What is left are the decode, its refreshes and its window."""
+    monkeypatch.setenv("DJAX_KERNELS", kernels)
     ask = asking(moe_a, prompts(0)[:2]).asks[0]
     program = partial(decode, family=moe_a.family, config=moe_a.config, block=16, sampled=False, traced=False)
     made = jax.jit(program).trace(moe_a.params, ask, djax.Threshold(), djax.Vicinity(4, 4), None)
     loops = {p: made.lower(lowering_platforms=(p,)).as_text().count("stablehlo.while") for p in ("cuda", "cpu")}
-    assert loops == {"cuda": 3, "cpu": 3 + 2 * moe_a.config.layers}
+    assert loops == {"cuda": 3, "cpu": 3 + tiles * moe_a.config.layers}
 
 
 def test_a_window_step_copies_no_cache(moe_a):

@@ -1,9 +1,10 @@
-"""Attention of a window over cached and fresh keys: heads normalised, rotated and attended, in two forms behind one function.
+"""Attention of a window over cached and fresh keys: heads normalised, rotated and attended, in three forms behind one function.
 
 The plain form is XLA's own operations. On a CUDA GPU one Pallas kernel does the same from the projection's output on, and
-nothing of size window x canvas is in memory.
+nothing of size window x canvas is in memory; on a CPU one C++ function.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from djax.models import attention_cpu
 from djax.models.layers import HIDDEN, attend, flat, kernels_wanted, rms_norm, rotate, split
 
 Pair = tuple[jax.Array, jax.Array]
@@ -34,12 +36,13 @@ def attention(
     keys' normalisation, None where a family has none. angles: cos and sin `[B, W, K]` (`layers.rotary_angles`), whose dtype,
     if wider, is what heads are rotated in. valid, cached, visible, until: as in `attend`.
     Returns the attended values `[B, W, H, K]` and the window's k (after rotary) and v, `[B, G, W * K]` each.
-    The form is chosen when the program is lowered: the kernel on CUDA if it `suits`, else the plain one.
+    The form is chosen when the program is lowered: the kernel on CUDA if it `suits`, the C++ function on a CPU if it can be
+    had, else the plain one.
     """
-    arguments = (qkv, norms, angles, valid, cached, visible, until)
-    if not suits(qkv.shape[-1]):
-        return plain(*arguments, eps=eps)
-    return jax.lax.platform_dependent(*arguments, cuda=partial(fused, eps=eps), default=partial(plain, eps=eps))
+    arguments, head_dim = (qkv, norms, angles, valid, cached, visible, until), qkv.shape[-1]
+    forms = {"cuda": fused} if suits(head_dim) else {}
+    forms |= {"cpu": on_cpu} if attention_cpu.why_not(head_dim, qkv.dtype) is None else {}
+    return jax.lax.platform_dependent(*arguments, **{p: partial(f, eps=eps) for p, f in (forms | {"default": plain}).items()})
 
 
 def suits(head_dim: int) -> bool:
@@ -48,9 +51,14 @@ def suits(head_dim: int) -> bool:
     return kernels_wanted() and head_dim in (32, 64, 128, 256)
 
 
-def described(platform: str, head_dim: int) -> str:
+def described(platform: str, head_dim: int, dtype: Any) -> str:
     """The form that a platform's programs have, for people to read."""
-    return "one Pallas kernel" if platform in ("cuda", "gpu") and suits(head_dim) else "XLA's products"
+    if platform in ("cuda", "gpu") and suits(head_dim):
+        return "one Pallas kernel"
+    if platform != "cpu":
+        return "XLA's products"
+    why_not = attention_cpu.why_not(head_dim, dtype)
+    return f"XLA's products; not djax's own C++, since {why_not}" if why_not else "djax's own C++"
 
 
 def plain(
@@ -76,15 +84,24 @@ def plain(
 
 
 def fused(*arguments: Any, eps: float, interpret: bool = False) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`attention` as one kernel; under a mesh each device runs it for its own heads. Its gradient is that of `plain`.
+    """`attention` as one Pallas kernel; arguments and gradient as `plain` has them.
 
-    arguments: as `plain` has them. interpret: run the kernel's operations one by one, on any platform, for tests.
+    interpret: run the kernel's operations one by one, on any platform, for tests.
     """
+    return _whole(partial(_call, eps=eps, interpret=interpret), arguments, eps)
+
+
+def on_cpu(*arguments: Any, eps: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`attention` as one C++ function; arguments and gradient as `plain` has them."""
+    return _whole(partial(attention_cpu.call, eps=eps), arguments, eps)
+
+
+def _whole(call: Callable[..., tuple], arguments: tuple, eps: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """call(*arguments) with the gradient of `plain`; under a mesh each device runs it for its own heads."""
     _, norms, _, _, cached, visible, until = arguments
 
     @jax.custom_vjp
     def run(*arguments: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        call = partial(_call, eps=eps, interpret=interpret)
         if not split():
             return call(*arguments)
         heads, kv = P(None, None, "model"), P(None, "model")

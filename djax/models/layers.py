@@ -29,12 +29,12 @@ class Cache(NamedTuple):
 
 
 def kernels_wanted() -> bool:
-    """Whether a GPU's program may have djax's own Pallas kernels. DJAX_KERNELS=xla asks for XLA's operations alone: to
-    compare, or in doubt."""
-    form = os.environ.get(ENVIRONMENT, "pallas")
-    if form not in ("pallas", "xla"):
-        raise OptionError(f"{ENVIRONMENT}: expected 'pallas' or 'xla', got {form!r}")
-    return form == "pallas"
+    """Whether programs may have djax's own kernels: Pallas on a GPU, C++ on a CPU. DJAX_KERNELS=xla asks for XLA's operations
+    alone: to compare, or in doubt."""
+    form = os.environ.get(ENVIRONMENT, "djax")
+    if form not in ("djax", "xla"):
+        raise OptionError(f"{ENVIRONMENT}: expected 'djax' or 'xla', got {form!r}")
+    return form == "djax"
 
 
 def split() -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from djax.models.attention import described
 from djax.models.hf import Reader
@@ -109,6 +110,8 @@ embed, trunk, trunk_with_routing = _functions.embed, _functions.trunk, _function
 unembed, expected_embedding = _functions.unembed, _functions.expected_embedding
 
 
-def back_ends(config: Config, platform: str) -> dict[str, str]:
-    """Which form of each layer a program for this platform has, for people to read."""
-    return {"attention": described(platform, config.head_dim)}
+def back_ends(config: Config, platform: str, dtype: jnp.dtype, held: jnp.dtype) -> dict[str, str]:
+    """Which form of each layer a program for this platform has, for people to read. dtype: of what is computed; held: of the
+    matrices, which makes no difference here."""
+    del held
+    return {"attention": described(platform, config.head_dim, dtype)}

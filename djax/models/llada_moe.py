@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from djax.models import moe
 from djax.models.attention import described
@@ -114,7 +115,9 @@ embed, trunk, trunk_with_routing = _functions.embed, _functions.trunk, _function
 unembed, expected_embedding = _functions.unembed, _functions.expected_embedding
 
 
-def back_ends(config: Config, platform: str) -> dict[str, str]:
-    """Which form of each layer a program for this platform has, for people to read."""
-    experts = moe.described(platform, (config.experts, config.width, 2 * config.expert_width))
-    return {"experts": experts, "attention": described(platform, config.head_dim)}
+def back_ends(config: Config, platform: str, dtype: jnp.dtype, held: jnp.dtype) -> dict[str, str]:
+    """Which form of each layer a program for this platform has, for people to read. dtype: of what is computed; held: of the
+    matrices."""
+    w_in = jax.ShapeDtypeStruct((config.experts, config.width, 2 * config.expert_width), held)
+    experts = moe.described(platform, w_in, dtype)
+    return {"experts": experts, "attention": described(platform, config.head_dim, dtype)}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
-from djax.models import expert_kernel, expert_tiles
+from djax.models import expert_cpu, expert_kernel, expert_tiles
 from djax.models.layers import gated, replicated, split
 from djax.models.quantized import Weights, at, product, values
 
@@ -93,35 +93,38 @@ def experts(x: jax.Array, routing: Routing, w_in: Weights, w_out: Weights, valid
     finite value and, where the back end can, cost nothing. The back end is chosen when the program is lowered, by `form`.
     Under a mesh the experts are split over its model axis, and their sum is what the caller constrains to replicated.
     """
-    back_ends = {"dense": dense, "tiles": grouped}
+    back_ends = {"dense": dense, "tiles": grouped, "cpu kernel": partial(grouped, chosen=expert_cpu.chosen)}
     back_ends |= {"dense kernel": dense_kernel, "kernels": partial(grouped, chosen=expert_kernel.chosen)}
-    names = {platform: form(platform, len(x), w_in.shape) for platform in ("cpu", "cuda", "default")}
+    names = {platform: form(platform, len(x), values(w_in), x.dtype) for platform in ("cpu", "cuda", "default")}
     return jax.lax.platform_dependent(x, routing, w_in, w_out, valid, **{p: back_ends[name] for p, name in names.items()})
 
 
-def form(platform: str, tokens: int, w_in: tuple[int, int, int]) -> str:
-    """Which back end runs: 'tiles', 'dense', 'dense kernel' or 'kernels'.
+def form(platform: str, tokens: int, w_in: jax.Array | jax.ShapeDtypeStruct, dtype: jnp.dtype) -> str:
+    """Which back end runs: 'cpu kernel', 'tiles', 'dense', 'dense kernel' or 'kernels'.
 
-    On a CPU only the chosen experts are worth computing (measured: `djax bench speed --parts experts`). An accelerator reads
-    every expert's weights for the tokens of a window step anyway, and up to about 300 tokens (its FLOPs a second over its
-    bytes a second) that takes longer than the products of all experts with all tokens; beyond, on CUDA, two kernels compute
-    the chosen ones alone. w_in: the shape of the experts' first weights, `[E, D, 2F]`.
+    On a CPU only the chosen experts are worth computing, by djax's own function if it can be had here, else in tiles (measured:
+    `djax bench speed --parts experts`). An accelerator reads every expert's weights for the tokens of a window step anyway,
+    and up to about 300 tokens (its FLOPs a second over its bytes a second) that takes longer than the products of all experts
+    with all tokens; beyond, on CUDA, two kernels compute the chosen ones alone. w_in: the experts' first weights, `[E, D, 2F]`,
+    or their shape and dtype. dtype: of what they are applied to.
     """
     if platform == "cpu":
-        return "tiles"
-    if platform != "cuda" or not expert_kernel.suits(w_in):
+        return "cpu kernel" if expert_cpu.why_not(w_in.shape, dtype, w_in.dtype) is None else "tiles"
+    if platform != "cuda" or not expert_kernel.suits(w_in.shape):
         return "dense"
     return "kernels" if tokens > DENSE else "dense kernel"
 
 
-def described(platform: str, w_in: tuple[int, int, int]) -> str:
+def described(platform: str, w_in: jax.ShapeDtypeStruct, dtype: jnp.dtype) -> str:
     """The form that a platform's programs have, for people to read."""
-    forms = {
-        "tiles": "the chosen ones, in tiles",
+    name = form("cuda" if platform == "gpu" else platform, DENSE + 1, w_in, dtype)
+    if name == "tiles":
+        return f"the chosen ones, in tiles; not by djax's own C++, since {expert_cpu.why_not(w_in.shape, dtype, w_in.dtype)}"
+    return {
+        "cpu kernel": "the chosen ones, by djax's own C++",
         "dense": "all of them on every token",
         "kernels": f"Pallas kernels: of the chosen ones for over {DENSE} tokens at once, else of all of them on every token",
-    }
-    return forms[form("cuda" if platform == "gpu" else platform, DENSE + 1, w_in)]
+    }[name]
 
 
 def plain(x: jax.Array, routing: Routing, w_in: Weights, w_out: Weights, valid: jax.Array) -> jax.Array:

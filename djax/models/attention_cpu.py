@@ -1,0 +1,57 @@
+"""Attention as one C++ function of djax's own: the form for a CPU where it can be compiled.
+
+XLA makes some twenty operations of it there, each over a few kilobytes.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from djax import native
+from djax.models.layers import kernels_wanted
+
+Pair = tuple[jax.Array, jax.Array]
+
+
+def why_not(head_dim: int, dtype: Any) -> str | None:
+    """Why the function cannot be had for heads of this width; None where it can."""
+    if not kernels_wanted():
+        return "DJAX_KERNELS=xla"
+    if head_dim % 32:
+        return f"heads of width {head_dim} are no whole multiple of 32"
+    return native.why_not(dtype)
+
+
+def call(
+    qkv: jax.Array,
+    norms: Pair | None,
+    angles: Pair,
+    valid: jax.Array,
+    cached: Pair | None,
+    visible: jax.Array | None,
+    until: jax.Array | None,
+    *,
+    eps: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`attention.plain`'s arguments and results. In narrower models, too, everything is float32 between qkv and the results,
+    but fresh keys, which count as they are kept.
+
+    Law: a query's result is the same, bit for bit, whatever is hidden from it, however many threads there are.
+    """
+    batch, window, groups, slots, head_dim = qkv.shape
+    none = jnp.zeros((batch, groups, 0), qkv.dtype)
+    arguments = [
+        qkv,
+        *((jnp.zeros(0, qkv.dtype),) * 2 if norms is None else norms),
+        *(a.astype(jnp.float32) for a in angles),
+        valid,
+        *((none, none) if cached is None else cached),
+        jnp.zeros((batch, 0), bool) if visible is None else visible,
+        jnp.zeros((batch, 0), jnp.int32) if until is None else until,
+    ]
+    fresh = jax.ShapeDtypeStruct((batch, groups, window * head_dim), qkv.dtype)
+    out = jax.ShapeDtypeStruct((batch, window, groups * (slots - 2), head_dim), qkv.dtype)
+    run = jax.ffi.ffi_call(native.target("djax_attention", qkv.dtype), (out, fresh, fresh), vmap_method="sequential")
+    return tuple(run(*arguments, eps=np.float32(eps)))

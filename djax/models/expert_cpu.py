@@ -1,0 +1,52 @@
+"""The chosen experts of each token by a C++ function of djax's own: the form for a CPU where it can be compiled.
+
+XLA has no product of groups of unlike sizes there: tile by tile it copies weights, and wakes its threads for little.
+Letters: T tokens, D width, E experts, J experts a token, F expert width.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from djax import native
+from djax.models import expert_tiles
+from djax.models.layers import kernels_wanted
+from djax.models.quantized import Int8, Weights, values
+
+
+def why_not(shape: tuple[int, int, int], dtype: Any, held: Any) -> str | None:
+    """Why the function cannot be had for experts of this shape, `[E, D, 2F]`, held in one dtype and applied to values of
+    another; None where it can."""
+    _, width, both = shape
+    if not kernels_wanted():
+        return "DJAX_KERNELS=xla"
+    if width % 64 or both % 64:
+        return f"width {width} and expert width {both // 2} are no whole multiples of 64 and 32"
+    return native.why_not(dtype, held)
+
+
+def chosen(x: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights) -> jax.Array:
+    """Each token's chosen experts' outputs, `[T, J, D]`; arguments, result and gradient as `expert_tiles.chosen`'s.
+
+    Everything between x and the result is float32, in narrower models, too. Law: a row's result is the same, bit for bit,
+    whichever rows are computed with it and however many threads there are.
+    """
+
+    @jax.custom_vjp
+    def run(x: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights) -> jax.Array:
+        return _call(x, ids, w_in, w_out)
+
+    run.defvjp(lambda *a: (run(*a), a), expert_tiles.backward)
+    return run(x, ids, w_in, w_out)
+
+
+def _call(x: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights) -> jax.Array:
+    _, width, both = w_in.shape
+    scales = (w_in.scale, w_out.scale) if isinstance(w_in, Int8) else (jnp.zeros((0, 1, both)), jnp.zeros((0, both // 2, 1)))
+    call = jax.ffi.ffi_call(
+        native.target("djax_experts", x.dtype, values(w_in).dtype),
+        jax.ShapeDtypeStruct((*ids.shape, width), x.dtype),
+        vmap_method="sequential",
+    )
+    return call(x, ids, values(w_in), values(w_out), *scales)

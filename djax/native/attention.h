@@ -1,0 +1,209 @@
+// Attention of a window over the visible cached positions and its own valid ones, from the projection's output on.
+//
+// Letters: B rows of a batch, W window, L canvas, G key/value heads, R queries a key/value head, K head width. Queries of a head
+// lie side by side as columns, (w, r) at w * R + r, so that a softmax runs down a column and keys are read where they lie.
+
+#pragma once
+
+#include <cmath>
+
+#include "tile.h"
+
+namespace djax {
+
+// The arrays of a call, in row-major order: qkv [B, W, G, R + 2, K]; q_norm and k_norm [K] or null; cos and sin [B, W, K];
+// valid [B, W]; cached_k and cached_v [B, G, L, K]; visible [B, L]; until [B, W] or null; out [B, W, G * R, K]; k and v
+// [B, G, W, K].
+template <typename X>
+struct Attention {
+  const X* qkv;
+  const X* q_norm;
+  const X* k_norm;
+  const float* cos;
+  const float* sin;
+  const bool* valid;
+  const X* cached_k;
+  const X* cached_v;
+  const bool* visible;
+  const int32_t* until;
+  X* out;
+  X* k;
+  X* v;
+  int64_t batch, window, groups, per_group, width, length;
+  float eps;
+
+  // What of the cache, and then of the window, a row's queries may see.
+  struct Seen {
+    std::vector<int64_t> cached, own;
+    int64_t count() const { return cached.size() + own.size(); }
+  };
+
+  void run(ffi::ThreadPool& pool) const {
+    std::vector<Seen> seen(batch);
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t l = 0; l < length; ++l)
+        if (visible[b * length + l]) seen[b].cached.push_back(l);
+      for (int64_t w = 0; w < window; ++w)
+        if (valid[b * window + w]) seen[b].own.push_back(w);
+    }
+    const int64_t columns = window * per_group, panels = (columns + kPanel - 1) / kPanel;
+    const int64_t size = panels * width * kPanel;
+    std::unique_ptr<float[]> queries(new float[batch * groups * size]);
+    in_parallel(pool, batch * groups, [&](int64_t i) { prepare(i / groups, i % groups, &queries[i * size], size); });
+    in_parallel(pool, batch * groups * panels, [&](int64_t i) {
+      const int64_t b = i / panels / groups, g = i / panels % groups, first = i % panels * kPanel;
+      attend(b, g, seen[b], &queries[i * width * kPanel], first, std::min<int64_t>(kPanel, columns - first));
+    });
+  }
+
+  // Normalise and rotate a head: its keys and values as they are kept, its queries as panels of columns.
+  void prepare(int64_t b, int64_t g, float* queries, int64_t size) const {
+    std::fill(queries, queries + size, 0.0f);
+    float* one = scratch<1>(width);
+    for (int64_t w = 0; w < window; ++w) {
+      const X* from = qkv + ((b * window + w) * groups + g) * (per_group + 2) * width;
+      const int64_t to = ((b * groups + g) * window + w) * width;
+      for (int64_t r = 0; r < per_group; ++r) {
+        rotated(from + r * width, q_norm, b * window + w, one);
+        const int64_t column = w * per_group + r;
+        float* panel = queries + column / kPanel * width * kPanel + column % kPanel;
+        for (int64_t i = 0; i < width; ++i) panel[i * kPanel] = one[i];
+      }
+      rotated(from + per_group * width, k_norm, b * window + w, one);
+      for (int64_t i = 0; i < width; i += kLanes) store(k + to + i, load(one + i));
+      std::memcpy(static_cast<void*>(v + to), from + (per_group + 1) * width, width * sizeof(X));
+    }
+  }
+
+  void rotated(const X* from, const X* norm, int64_t position, float* to) const {
+    float scale = 1;
+    if (norm) {
+      Floats squares{};
+      for (int64_t i = 0; i < width; i += kLanes) squares += load(from + i) * load(from + i);
+      float sum = 0;
+      for (int n = 0; n < kLanes; ++n) sum += squares[n];
+      scale = 1 / std::sqrt(sum / width + eps);
+    }
+    const float* c = cos + position * width;
+    const float* s = sin + position * width;
+    const int64_t half = width / 2;
+    for (int64_t i = 0; i < half; i += kLanes) {
+      Floats low = load(from + i) * scale, high = load(from + half + i) * scale;
+      if (norm) low *= load(norm + i), high *= load(norm + half + i);
+      store(to + i, low * load(c + i) - high * load(s + i));
+      store(to + half + i, high * load(c + half + i) + low * load(s + half + i));
+    }
+  }
+
+  // A panel of a head's queries, `count` columns from `first` on, against all they see.
+  void attend(int64_t b, int64_t g, const Seen& seen, const float* queries, int64_t first, int64_t count) const {
+    const int64_t keys = seen.count(), old = seen.cached.size(), head = b * groups + g;
+    auto row = [&](const X* cached, const X* fresh, int64_t n) {
+      return n < old ? cached + (head * length + seen.cached[n]) * width : fresh + (head * window + seen.own[n - old]) * width;
+    };
+    const float scale = 1 / std::sqrt(static_cast<float>(width));
+    Ints sees[kColumns];
+    for (int n = 0; until && n < kPanel; ++n) {
+      const int64_t column = std::min(first + n, window * per_group - 1);
+      sees[n / kLanes][n % kLanes] = until[b * window + column / per_group];
+    }
+    // Scores, and weights in their place: a key's for all columns, one key after another.
+    float* weights = scratch<1>(keys * kPanel);
+    float* wide = scratch<2>(kRows * width);
+    Floats top[kColumns], total[kColumns];
+    for (int c = 0; c < kColumns; ++c) top[c] = Floats{} - 1e30f, total[c] = Floats{};
+    auto key = [&](int64_t n) {
+      const X* there = row(cached_k, k, n);
+      if constexpr (std::is_same_v<X, float>) {
+        return there;
+      } else {
+        // A tile's rows are consecutive, and there are no more of them.
+        float* to = wide + n % kRows * width;
+        widen(there, width, to);
+        return static_cast<const float*>(to);
+      }
+    };
+    packed_product<kColumns>(keys, key, 1, width, queries, [&](int64_t n, Floats(&sums)[kColumns]) {
+      for (int c = 0; c < kColumns; ++c) {
+        Floats score = sums[c] * scale;
+        if (until && n >= old) score = sees[c] > static_cast<int32_t>(seen.own[n - old]) ? score : Floats{} - 1e30f;
+        top[c] = score > top[c] ? score : top[c];
+        store(weights + n * kPanel + c * kLanes, score);
+      }
+    });
+    for (int64_t n = 0; n < keys; ++n) {
+      for (int c = 0; c < kColumns; ++c) {
+        float* at = weights + n * kPanel + c * kLanes;
+        const Floats below = load(at) - top[c];
+        const Floats weight = below < -87.0f ? Floats{} : exponential(below);
+        total[c] += weight;
+        store(at, weight);
+      }
+    }
+    const int64_t registers = width / kLanes;
+    if (registers % kColumns == 0) {
+      for (int64_t c = 0; c < registers; c += kColumns) sum<kColumns>(b, g, keys, row, weights, total, first, count, c * kLanes);
+    } else {
+      for (int64_t c = 0; c < registers; c += 2) sum<2>(b, g, keys, row, weights, total, first, count, c * kLanes);
+    }
+  }
+
+  // C registers of features of the weighted sums of values.
+  template <int C, typename Row>
+  void sum(int64_t b, int64_t g, int64_t keys, Row row, const float* weights, const Floats* total, int64_t first,
+           int64_t count, int64_t feature) const {
+    float* values = scratch<3>(keys * C * kLanes);
+    for (int64_t n = 0; n < keys; ++n) widen(row(cached_v, v, n) + feature, C * kLanes, values + n * C * kLanes);
+    auto column = [&](int64_t n) { return weights + n; };
+    packed_product<C>(count, column, kPanel, keys, values, [&](int64_t n, Floats(&sums)[C]) {
+      const int64_t w = (first + n) / per_group, r = (first + n) % per_group;
+      X* to = out + ((b * window + w) * groups * per_group + g * per_group + r) * width + feature;
+      const float all = total[n / kLanes][n % kLanes];
+      for (int c = 0; c < C; ++c) store(to + c * kLanes, all > 0 ? sums[c] / all : Floats{});
+    });
+  }
+};
+
+template <typename X>
+ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer qkv, ffi::AnyBuffer q_norm, ffi::AnyBuffer k_norm,
+                     ffi::AnyBuffer cos, ffi::AnyBuffer sin, ffi::AnyBuffer valid, ffi::AnyBuffer cached_k,
+                     ffi::AnyBuffer cached_v, ffi::AnyBuffer visible, ffi::AnyBuffer until, ffi::Result<ffi::AnyBuffer> out,
+                     ffi::Result<ffi::AnyBuffer> k, ffi::Result<ffi::AnyBuffer> v, float eps) {
+  if (qkv.dimensions().size() != 5 || visible.dimensions().size() != 2 || q_norm.dimensions().size() != 1 ||
+      until.dimensions().size() != 2)
+    return ffi::Error::InvalidArgument("expected qkv [B, W, G, R + 2, K], visible [B, L], norms [K], until [B, W]");
+  auto sizes = qkv.dimensions();
+  const int64_t B = sizes[0], W = sizes[1], G = sizes[2], R = sizes[3] - 2, K = sizes[4], L = visible.dimensions()[1];
+  const int64_t N = q_norm.dimensions()[0], U = until.dimensions()[1];
+  if (!is<X>(qkv, {B, W, G, R + 2, K}) || !is<X>(q_norm, {N}) || !is<X>(k_norm, {N}) || (N && N != K) ||
+      !is<float>(cos, {B, W, K}) || !is<float>(sin, {B, W, K}) || !is<bool>(valid, {B, W}) ||
+      !is<X>(cached_k, {B, G, L * K}) || !is<X>(cached_v, {B, G, L * K}) || !is<bool>(visible, {B, L}) ||
+      !is<int32_t>(until, {B, U}) || (U && U != W) || !is<X>(*out, {B, W, G * R, K}) || !is<X>(*k, {B, G, W * K}) ||
+      !is<X>(*v, {B, G, W * K}))
+    return ffi::Error::InvalidArgument("expected other shapes or types: see Attention");
+  if (K % (kWhole / 2)) return ffi::Error::InvalidArgument("expected K in whole multiples of 32");
+  Attention<X>{data<X>(qkv),
+               N ? data<X>(q_norm) : nullptr,
+               N ? data<X>(k_norm) : nullptr,
+               data<float>(cos),
+               data<float>(sin),
+               data<bool>(valid),
+               data<X>(cached_k),
+               data<X>(cached_v),
+               data<bool>(visible),
+               U ? data<int32_t>(until) : nullptr,
+               data<X>(*out),
+               data<X>(*k),
+               data<X>(*v),
+               B,
+               W,
+               G,
+               R,
+               K,
+               L,
+               eps}
+      .run(pool);
+  return ffi::Error::Success();
+}
+
+}  // namespace djax

@@ -1,0 +1,164 @@
+// The chosen experts of each token: out(silu(gate) * up) for the tokens of each expert together, whatever their number; nothing
+// is dropped.
+//
+// Letters: T tokens, D width, E experts, J experts a token, F expert width. A row is a (token, choice) pair.
+
+#pragma once
+
+#include "tile.h"
+
+namespace djax {
+
+// Registers of hidden features a panel: as many again are their gates.
+constexpr int kHalf = kColumns / 2;
+// F is whole in multiples of this.
+constexpr int64_t kWholeHidden = kWhole / 2;
+// Rows that one thread takes at a time of one panel of an expert's weights: enough to pay for bringing it near.
+constexpr int64_t kMostRows = 96;
+// Hidden rows that exist at a time, but for what a part has more.
+constexpr int64_t kMostHidden = 16384;
+
+// The arrays of a call, in row-major order: x [T, D], ids [T, J], w_in [E, D, 2F], w_out [E, F, D], y [T, J, D]. int8 weights
+// are times a scale: in_scale [E, 1, 2F], out_scale [E, F, 1]; others have empty ones, [0, 1, 2F] and [0, F, 1].
+template <typename X, typename W>
+struct Experts {
+  const X* x;
+  const int32_t* ids;
+  const W* w_in;
+  const W* w_out;
+  const float* in_scale;
+  const float* out_scale;
+  X* y;
+  int64_t tokens, choices, experts, width, hidden;
+
+  // Rows of one expert that lie together in `order`.
+  struct Part {
+    int64_t expert, first, count;
+  };
+
+  void run(ffi::ThreadPool& pool) const {
+    const int64_t total = tokens * choices;
+    std::vector<int64_t> ends(experts + 1, 0), order(total);
+    auto has_expert = [&](int64_t row) { return ids[row] >= 0 && ids[row] < experts; };
+    for (int64_t row = 0; row < total; ++row)
+      if (has_expert(row)) ++ends[ids[row] + 1];
+    for (int64_t e = 0; e < experts; ++e) ends[e + 1] += ends[e];
+    std::vector<int64_t> place(ends.begin(), ends.end() - 1);
+    for (int64_t row = 0; row < total; ++row) {
+      if (has_expert(row)) {
+        order[place[ids[row]]++] = row;
+      } else {
+        std::memset(static_cast<void*>(y + row * width), 0, width * sizeof(X));
+      }
+    }
+    std::unique_ptr<float[]> widened;
+    const float* inputs;
+    if constexpr (std::is_same_v<X, float>) {
+      inputs = x;
+    } else {
+      widened.reset(new float[tokens * width]);
+      widen(x, tokens * width, widened.get());
+      inputs = widened.get();
+    }
+    std::vector<Part> parts;
+    int64_t rows = 0;
+    std::unique_ptr<float[]> h(new float[std::min(total, kMostHidden + kMostRows) * hidden]);
+    auto compute = [&] {
+      if (!parts.empty()) pass(pool, parts, order, inputs, h.get());
+      parts.clear();
+      rows = 0;
+    };
+    for (int64_t e = 0; e < experts; ++e) {
+      const int64_t count = ends[e + 1] - ends[e], pieces = (count + kMostRows - 1) / kMostRows;
+      for (int64_t p = 0; p < pieces; ++p) {
+        const int64_t first = ends[e] + count * p / pieces, end = ends[e] + count * (p + 1) / pieces;
+        parts.push_back({e, first, end - first});
+        rows += end - first;
+        if (rows >= kMostHidden) compute();
+      }
+    }
+    compute();
+  }
+
+  // All hidden rows of some parts, then all their outputs. A piece of work is a panel of columns of a part.
+  void pass(ffi::ThreadPool& pool, const std::vector<Part>& parts, const std::vector<int64_t>& order, const float* inputs,
+            float* h) const {
+    const int64_t begin = parts[0].first, count = parts.size(), threads = pool.num_threads();
+    const int64_t panels = hidden / (kHalf * kLanes);
+    auto in_columns = [&](int64_t i, const W** columns) {
+      const int64_t column = i % panels * kHalf * kLanes;
+      for (int c = 0; c < kColumns; ++c)
+        columns[c] = w_in + parts[i / panels].expert * width * 2 * hidden + column + c / kHalf * hidden + c % kHalf * kLanes;
+      return column;
+    };
+    in_parallel(pool, count * panels, [&](int64_t i) {
+      const W *columns[kColumns], *next[kColumns];
+      in_columns(std::min(i + threads, count * panels - 1), next);
+      const int64_t column = in_columns(i, columns);
+      into(parts[i / panels], column, columns, next, order, inputs, h - begin * hidden);
+    });
+    const int64_t panels_out = width / kPanel;
+    auto out_columns = [&](int64_t i, const W** columns) {
+      const int64_t column = i % panels_out * kPanel;
+      for (int c = 0; c < kColumns; ++c)
+        columns[c] = w_out + parts[i / panels_out].expert * hidden * width + column + c * kLanes;
+      return column;
+    };
+    in_parallel(pool, count * panels_out, [&](int64_t i) {
+      const W *columns[kColumns], *next[kColumns];
+      out_columns(std::min(i + threads, count * panels_out - 1), next);
+      const int64_t column = out_columns(i, columns);
+      out_of(parts[i / panels_out], column, columns, next, order, h - begin * hidden);
+    });
+  }
+
+  // A panel of hidden features from `column` on: silu(gate) * up, times the second matrix' scale. h: by place in the order.
+  void into(const Part& part, int64_t column, const W* const* columns, const W* const* next, const std::vector<int64_t>& order,
+            const float* inputs, float* h) const {
+    auto row = [&](int64_t r) { return inputs + order[part.first + r] / choices * width; };
+    float* copy = scratch<0>(width * kPanel);
+    product<kColumns>(part.count, row, 1, width, columns, 2 * hidden, copy, next, [&](int64_t r, auto& sums) {
+      for (int c = 0; c < kHalf; ++c) {
+        const int64_t feature = column + c * kLanes;
+        Floats gate = sums[c], up = sums[kHalf + c];
+        if constexpr (std::is_same_v<W, int8_t>) {
+          gate *= load(in_scale + part.expert * 2 * hidden + feature);
+          up *= load(in_scale + (part.expert * 2 + 1) * hidden + feature);
+        }
+        Floats value = gate / (exponential(-gate) + 1.0f) * up;
+        if constexpr (std::is_same_v<W, int8_t>) value *= load(out_scale + part.expert * hidden + feature);
+        store(h + (part.first + r) * hidden + feature, value);
+      }
+    });
+  }
+
+  // A panel of outputs from `column` on.
+  void out_of(const Part& part, int64_t column, const W* const* columns, const W* const* next,
+              const std::vector<int64_t>& order, const float* h) const {
+    auto row = [&](int64_t r) { return h + (part.first + r) * hidden; };
+    float* copy = scratch<0>(hidden * kPanel);
+    product<kColumns>(part.count, row, 1, hidden, columns, width, copy, next, [&](int64_t r, auto& sums) {
+      for (int c = 0; c < kColumns; ++c) store(y + order[part.first + r] * width + column + c * kLanes, sums[c]);
+    });
+  }
+};
+
+template <typename X, typename W>
+ffi::Error experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer w_in, ffi::AnyBuffer w_out,
+                   ffi::AnyBuffer in_scale, ffi::AnyBuffer out_scale, ffi::Result<ffi::AnyBuffer> y) {
+  if (x.dimensions().size() != 2 || ids.dimensions().size() != 2 || w_out.dimensions().size() != 3)
+    return ffi::Error::InvalidArgument("expected x [T, D], ids [T, J], w_out [E, F, D]");
+  const int64_t T = x.dimensions()[0], D = x.dimensions()[1], J = ids.dimensions()[1];
+  const int64_t E = w_out.dimensions()[0], F = w_out.dimensions()[1];
+  const int64_t scales = std::is_same_v<W, int8_t> ? E : 0;
+  if (!is<X>(x, {T, D}) || !is<int32_t>(ids, {T, J}) || !is<W>(w_in, {E, D, 2 * F}) || !is<W>(w_out, {E, F, D}) ||
+      !is<float>(in_scale, {scales, 1, 2 * F}) || !is<float>(out_scale, {scales, F, 1}) || !is<X>(*y, {T, J, D}))
+    return ffi::Error::InvalidArgument("expected other shapes or types: see Experts");
+  if (D % kWhole || F % kWholeHidden) return ffi::Error::InvalidArgument("expected D in whole multiples of 64, F of 32");
+  Experts<X, W>{data<X>(x),         data<int32_t>(ids),     data<W>(w_in), data<W>(w_out), data<float>(in_scale),
+                data<float>(out_scale), data<X>(*y), T, J, E, D, F}
+      .run(pool);
+  return ffi::Error::Success();
+}
+
+}  // namespace djax

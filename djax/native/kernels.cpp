@@ -1,0 +1,40 @@
+// The functions that XLA calls, for one pair of types: DJAX_X of what is computed, DJAX_W of the weights: float or BFloat16, for
+// weights int8_t, too. Compiled on the machine they run on (see __init__.py).
+
+#include "attention.h"
+#include "experts.h"
+
+using namespace djax;
+using X = DJAX_X;
+using W = DJAX_W;
+
+using Any = ffi::AnyBuffer;
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(djax_experts, (experts<X, W>),
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Any>()   // x
+                                  .Arg<Any>()   // ids
+                                  .Arg<Any>()   // w_in
+                                  .Arg<Any>()   // w_out
+                                  .Arg<Any>()   // in_scale
+                                  .Arg<Any>()   // out_scale
+                                  .Ret<Any>()); // y
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(djax_attention, (attention<X>),
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Any>()   // qkv
+                                  .Arg<Any>()   // q_norm
+                                  .Arg<Any>()   // k_norm
+                                  .Arg<Any>()   // cos
+                                  .Arg<Any>()   // sin
+                                  .Arg<Any>()   // valid
+                                  .Arg<Any>()   // cached_k
+                                  .Arg<Any>()   // cached_v
+                                  .Arg<Any>()   // visible
+                                  .Arg<Any>()   // until
+                                  .Ret<Any>()   // out
+                                  .Ret<Any>()   // k
+                                  .Ret<Any>()   // v
+                                  .Attr<float>("eps"));
