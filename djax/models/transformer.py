@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from djax.models.attention import attention
 from djax.models.layers import Cache, by_head, replicated, rms_norm, rotary_angles
+from djax.models.linear import linear
 from djax.models.quantized import SCALE, Int8, Weights, product
 
 
@@ -65,7 +66,8 @@ class Transformer(nn.Module):
         return rms_norm(x, self.norm, c.eps), tuple(fresh)
 
     def unembed(self, x: jax.Array) -> jax.Array:
-        return jnp.einsum("...d,dv->...v", x, self.head, preferred_element_type=jnp.float32)
+        rows = "bw"[3 - x.ndim :]  # or of positions without a batch
+        return linear(f"{rows}d,dv->{rows}v", x, self.head, wide=True)
 
 
 def _run(layer: "Layer", *arguments: Any) -> tuple:
@@ -102,11 +104,11 @@ class Layer(nn.Module):
         # One product for all three. By group, so that a device that has a group has its queries, its keys and its values.
         per_group = c.heads // c.groups
         shape = (c.width, c.groups, per_group + 2, c.head_dim)
-        qkv = product("bwd,dgsk->bwgsk", h, self.matrix("qkv", shape, ("embed", "heads", None, "head_dim"), c.width))
+        qkv = linear("bwd,dgsk->bwgsk", h, self.matrix("qkv", shape, ("embed", "heads", None, "head_dim"), c.width))
         norms = tuple(self.scale(name, c.head_dim, "head_dim") for name in ("q_norm", "k_norm")) if self.head_norms else None
         attended, k, v = attention(qkv, norms, angles, valid, cached, visible, until, c.eps)
         o = self.matrix("o", (c.heads, c.head_dim, c.width), ("heads", "head_dim", "embed"), c.heads * c.head_dim)
-        x = replicated(x + product("bwhk,hkd->bwd", attended, o))
+        x = replicated(x + linear("bwhk,hkd->bwd", attended, o))
         h = rms_norm(x, self.scale("ffn_norm", c.width, "embed"), c.eps)
         return replicated(x + self.feed_forward(h, valid)), (k, v)
 
@@ -124,7 +126,7 @@ class Layer(nn.Module):
         w_in = self.matrix(f"{name}_in", (c.width, 2, width), ("embed", None, "mlp"), c.width)
         w_out = self.matrix(f"{name}_out", (width, c.width), ("mlp", "embed"), width)
         gate, up = product("bwd,dtf->tbwf", h, w_in)
-        return product("bwf,fd->bwd", jax.nn.silu(gate) * up, w_out)
+        return linear("bwf,fd->bwd", jax.nn.silu(gate) * up, w_out)
 
 
 def scaled(axes: tuple[str | None, ...], fan_in: int) -> Any:

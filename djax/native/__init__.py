@@ -26,7 +26,7 @@ import jaxlib
 from djax.compilation import default_directory, private_directory
 from djax.errors import OptionError
 
-FUNCTIONS = ("djax_experts", "djax_attention")
+FUNCTIONS = ("djax_experts", "djax_attention", "djax_dense")
 COMPILERS = ("c++", "g++", "clang++")
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _TYPES = {"float32": "float", "bfloat16": "BFloat16", "int8": "int8_t"}
@@ -122,8 +122,9 @@ def _compile(defined: tuple[str, ...], library: Path) -> None:
         except subprocess.TimeoutExpired:
             raise Unavailable(f"{compiler[0]} took more than {_SECONDS} seconds for {_SOURCE.name}") from None
         if done.returncode:
-            said = done.stderr.strip().splitlines()
-            raise Unavailable(f"{compiler[0]} does not compile {_SOURCE.name}: {next(iter(said), 'no message')}")
+            said = done.stderr.strip().splitlines() or ["no message"]
+            first = next((line for line in said if "error" in line), said[0])
+            raise Unavailable(f"{compiler[0]} does not compile {_SOURCE.name}: {first}")
         made.replace(library)
 
 

@@ -48,7 +48,7 @@ struct Attention {
     }
     const int64_t columns = window * per_group, panels = (columns + kPanel - 1) / kPanel;
     const int64_t size = panels * width * kPanel;
-    std::unique_ptr<float[]> queries(new float[batch * groups * size]);
+    float* queries = scratch<5>(batch * groups * size);
     in_parallel(pool, batch * groups, [&](int64_t i) { prepare(i / groups, i % groups, &queries[i * size], size); });
     in_parallel(pool, batch * groups * panels, [&](int64_t i) {
       const int64_t b = i / panels / groups, g = i / panels % groups, first = i % panels * kPanel;

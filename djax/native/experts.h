@@ -51,20 +51,19 @@ struct Experts {
         std::memset(static_cast<void*>(y + row * width), 0, width * sizeof(X));
       }
     }
-    std::unique_ptr<float[]> widened;
     const float* inputs;
     if constexpr (std::is_same_v<X, float>) {
       inputs = x;
     } else {
-      widened.reset(new float[tokens * width]);
-      widen(x, tokens * width, widened.get());
-      inputs = widened.get();
+      float* wide = scratch<4>(tokens * width);
+      widen(x, tokens * width, wide);
+      inputs = wide;
     }
     std::vector<Part> parts;
     int64_t rows = 0;
-    std::unique_ptr<float[]> h(new float[std::min(total, kMostHidden + kMostRows) * hidden]);
+    float* h = scratch<5>(std::min(total, kMostHidden + kMostRows) * hidden);
     auto compute = [&] {
-      if (!parts.empty()) pass(pool, parts, order, inputs, h.get());
+      if (!parts.empty()) pass(pool, parts, order, inputs, h);
       parts.clear();
       rows = 0;
     };

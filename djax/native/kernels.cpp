@@ -2,6 +2,7 @@
 // weights int8_t, too. Compiled on the machine they run on (see __init__.py).
 
 #include "attention.h"
+#include "dense.h"
 #include "experts.h"
 
 using namespace djax;
@@ -38,3 +39,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(djax_attention, (attention<X>),
                                   .Ret<Any>()   // k
                                   .Ret<Any>()   // v
                                   .Attr<float>("eps"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(djax_dense, (dense<X, W>),
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Any>()    // x
+                                  .Arg<Any>()    // w
+                                  .Arg<Any>()    // scale
+                                  .Ret<Any>());  // y

@@ -116,7 +116,7 @@ using Constant = std::integral_constant<int, value>;
 // for meanwhile.
 template <int R, int C, int reading, typename W>
 inline __attribute__((always_inline)) void multiply(const float* const* rows, int64_t step, int64_t depth,
-                                                    const W* const* columns, int64_t stride, float* copy, const W* soon,
+                                                    const W* const* columns, int64_t stride, float* copy, const W* const* soon, int64_t first_line, int shift,
                                                     Floats (&sums)[R][C]) {
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) sums[r][c] = Floats{};
@@ -132,8 +132,12 @@ inline __attribute__((always_inline)) void multiply(const float* const* rows, in
       }
       if constexpr (reading == kFirst) store(here, w[c]);
     }
-    if constexpr (reading == kLater)
-      if (stride) __builtin_prefetch(soon + k * stride);
+    if constexpr (reading == kLater) {
+      if (soon) {
+        const int64_t line = first_line + (k >> shift);
+        __builtin_prefetch(soon[line % C] + line / C * stride);
+      }
+    }
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < C; ++c) sums[r][c] += rows[r][k * step] * w[c];
   }
@@ -170,14 +174,17 @@ inline void for_tiles(int64_t count, F&& f) {
 template <int C, bool packed = false, typename W, typename Rows, typename Put>
 inline void product(int64_t count, Rows rows_of, int64_t step, int64_t depth, const W* const* columns, int64_t stride,
                     float* copy, const W* const* next, Put put) {
+  const int64_t later = (count - 1) / kRows;
+  const int shift = later >= 4 * C ? 2 : later >= 2 * C ? 1 : 0;
   for_tiles<packed>(count, [&](auto tile, auto reading, int64_t first) {
     constexpr int R = decltype(tile)::value;
     const float* rows[R];
     for (int r = 0; r < R; ++r) rows[r] = rows_of(first + r);
-    // A column of registers a tile: their lines come while the tile's products keep the thread busy.
-    const W* soon = packed ? nullptr : next[first / kRows % C];
+    // Lines of the next panel come while the tiles' products keep the thread busy.
+    const int64_t first_line = (first / kRows - 1) * (depth >> shift);
+    const W* const* soon = packed || first_line >= C * depth ? nullptr : next;
     Floats sums[R][C];
-    multiply<R, C, decltype(reading)::value>(rows, step, depth, columns, stride, copy, soon, sums);
+    multiply<R, C, decltype(reading)::value>(rows, step, depth, columns, stride, copy, soon, first_line, shift, sums);
     for (int r = 0; r < R; ++r) put(first + r, sums[r]);
   });
 }
