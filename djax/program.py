@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from djax.caching.contract import Policy, appends
 from djax.decoding.contract import Decoder, Tick, edits, post_steps, probability
 from djax.models.layers import Cache
+from djax.sharding import split
 from djax.smoothing import Smoothing
 from djax.trace import Record
 
@@ -109,6 +110,21 @@ def _in_block(rows: Rows, total: jax.Array, block: int) -> jax.Array:
     """Bool `[B, L]`: the canvas positions of each row's current block."""
     at = jnp.arange(rows.tokens.shape[1])[None, :]
     return (at >= rows.start[:, None]) & (at < jnp.minimum(rows.start + block, total)[:, None])
+
+
+def _without_early_eos(logits: jax.Array, early: jax.Array, eos_id: int) -> jax.Array:
+    """logits `[B, S, V]`, the EOS struck at the positions `[B, S]` where an answer may not end yet."""
+
+    def one_column(logits: jax.Array) -> jax.Array:
+        column = jnp.where(early[..., None], NEVER, logits[:, :, eos_id : eos_id + 1])
+        return jax.lax.dynamic_update_slice(logits, column, (0, 0, eos_id))
+
+    def everywhere(logits: jax.Array) -> jax.Array:
+        is_eos = jnp.arange(logits.shape[-1])[None, None, :] == eos_id
+        return jnp.where(early[..., None] & is_eos, NEVER, logits)
+
+    # A GPU reads the logits through this, and writes none of it; a CPU would write all of them again.
+    return everywhere(logits) if split() else jax.lax.platform_dependent(logits, cpu=one_column, default=everywhere)
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -247,8 +263,7 @@ def decode(
         else:
             logits = family.unembed(params, config, _take(x, skip + jnp.arange(block)[None, :]))
         early = rows.start[:, None] + jnp.arange(block)[None, :] < ask.least[:, None]
-        is_eos = jnp.arange(config.vocab)[None, None, :] == config.eos_id
-        logits = jnp.where(early[..., None] & is_eos, NEVER, logits)
+        logits = _without_early_eos(logits, early, config.eos_id)
         decoded = _decode_block(rows, logits, ask, decoder, running, tick_of(rows, ask), sampled, whole=cache is None)
         decoded = decoded._replace(positions=rows.positions + jnp.sum(valid, axis=1, dtype=jnp.int32))
         if smoothing is None:

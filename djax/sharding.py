@@ -38,6 +38,11 @@ def mesh(model: int = 1, data: int = 1, devices: Sequence[Any] | None = None) ->
     return Mesh(np.array(there[: model * data]).reshape(data, model), AXES)
 
 
+def split() -> bool:
+    """Whether a mesh is set whose model axis splits anything; a caller's own mesh, with other axes, is none of ours."""
+    return jax.sharding.get_abstract_mesh().shape.get(MODEL, 1) > 1
+
+
 def check(given: Any) -> Mesh:
     """The mesh, if it is one with our two axes."""
     if not isinstance(given, Mesh) or set(given.axis_names) != set(AXES):

@@ -29,8 +29,10 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from djax import native
 from djax.checks import plug
 from djax.errors import OptionError
+from djax.sharding import split
 
 
 class Tick(NamedTuple):
@@ -97,25 +99,62 @@ def candidates(
     row still goes on; dInfer loops forever there. Ties go to the lower token id. Where the logits are not finite nothing
     is a candidate: such a model ends at the cap on turns with an error, not with an answer.
     """
-    noisy = logits
-    if key is not None:
+    if key is None:
+        other, highest, of_mask_id, total = peaks(logits, tick.mask_id)
+    else:
         noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:], logits.dtype))(key)
-        noisy = logits + tick.temperature * noise
-    is_mask_id = (jnp.arange(logits.shape[-1]) == tick.mask_id)[None, None, :]
-    other, highest = best(jnp.where(is_mask_id, -jnp.inf, noisy))
-    # By a reduction: of a vocabulary that is split over devices a gather would fetch it in a step of its own.
-    of_mask_id = jnp.max(jnp.where(is_mask_id, noisy, -jnp.inf), axis=-1)
+        other, highest, of_mask_id = _two_best(logits + tick.temperature * noise, tick.mask_id)
     is_mask = (of_mask_id > highest) | ((of_mask_id == highest) & (tick.mask_id < other))
     candidate = masked & ~is_mask
     stuck = ~jnp.any(candidate, axis=-1, keepdims=True)
     takes_mask = is_mask & ~stuck
     tokens = jnp.where(takes_mask, tick.mask_id, other)
-    if key is not None:
-        confidence = probability(logits, tokens, tick.mask_id)
-    else:
+    if key is None:
         # The chosen token's logit is at hand.
-        confidence = _share(jnp.where(takes_mask, of_mask_id, highest), logits, jnp.maximum(highest, of_mask_id))
+        chosen = jnp.where(takes_mask, of_mask_id, highest)
+        confidence = jnp.exp(chosen - jnp.maximum(highest, of_mask_id)) / total
+    else:
+        confidence = probability(logits, tokens, tick.mask_id)
     return tokens, confidence, (candidate | (masked & stuck)) & ~jnp.isnan(confidence)
+
+
+class Peaks(NamedTuple):
+    """Of each position's logits: the likeliest token beside the mask id, int32, the lowest id on ties; its logit and the mask
+    id's; the sum of all exponentials, shifted by the higher of the two. All `[B, S]`."""
+
+    other: jax.Array
+    highest: jax.Array
+    of_mask_id: jax.Array
+    total: jax.Array
+
+
+def peaks(logits: jax.Array, mask_id: jax.Array) -> Peaks:
+    """See `Peaks`. On a CPU one C++ function visits the vocabulary, where it can be had; XLA makes five passes over it."""
+    vocab = logits.shape[-1]
+    if vocab % 16 or split() or native.why_not(logits.dtype) is not None:
+        return _plain_peaks(logits, mask_id)
+    return jax.lax.platform_dependent(logits, mask_id, cpu=_peaks_on_cpu, default=_plain_peaks)
+
+
+def _plain_peaks(logits: jax.Array, mask_id: jax.Array) -> Peaks:
+    other, highest, of_mask_id = _two_best(logits, mask_id)
+    top = jnp.maximum(highest, of_mask_id)
+    return Peaks(other, highest, of_mask_id, jnp.sum(jnp.exp(logits - top[..., None]), axis=-1))
+
+
+def _peaks_on_cpu(logits: jax.Array, mask_id: jax.Array) -> Peaks:
+    flat = logits.reshape(-1, logits.shape[-1])
+    whole, real = (jax.ShapeDtypeStruct((len(flat),), dtype) for dtype in (jnp.int32, jnp.float32))
+    run = jax.ffi.ffi_call(native.target("djax_peaks", flat.dtype), (whole, real, real, real), vmap_method="sequential")
+    return Peaks(*(a.reshape(logits.shape[:-1]) for a in run(flat, mask_id)))
+
+
+def _two_best(logits: jax.Array, mask_id: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The likeliest token beside the mask id, its logit and the mask id's."""
+    is_mask_id = (jnp.arange(logits.shape[-1]) == mask_id)[None, None, :]
+    other, highest = best(jnp.where(is_mask_id, -jnp.inf, logits))
+    # By a reduction: of a vocabulary that is split over devices a gather would fetch it in a step of its own.
+    return other, highest, jnp.max(jnp.where(is_mask_id, logits, -jnp.inf), axis=-1)
 
 
 def best(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -143,13 +182,11 @@ def best_and_probability(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 def probability(logits: jax.Array, tokens: jax.Array, mask_id: jax.Array) -> jax.Array:
     """softmax(logits)[tokens], float32 `[B, S]`.
 
-    The maximum is taken as `candidates` takes it, apart for the mask id: beside a decoder that asked for its candidates XLA
-    then sums the exponentials once.
+    By the `peaks` that `candidates` asks for: beside a decoder that does, XLA then sums the exponentials once.
     """
-    is_mask_id = (jnp.arange(logits.shape[-1]) == mask_id)[None, None, :]
-    other = jnp.max(jnp.where(is_mask_id, -jnp.inf, logits), axis=-1)
-    top = jnp.maximum(other, jnp.max(jnp.where(is_mask_id, logits, -jnp.inf), axis=-1))
-    return _share(jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0], logits, top)
+    _, highest, of_mask_id, total = peaks(logits, mask_id)
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return jnp.exp(chosen - jnp.maximum(highest, of_mask_id)) / total
 
 
 def _share(chosen: jax.Array, logits: jax.Array, top: jax.Array) -> jax.Array:

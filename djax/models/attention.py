@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from djax.models import attention_cpu
-from djax.models.layers import HIDDEN, attend, flat, kernels_wanted, rms_norm, rotate, split
+from djax.models.layers import HIDDEN, attend, flat, rms_norm, rotate
+from djax.native import kernels_wanted
+from djax.sharding import split
 
 Pair = tuple[jax.Array, jax.Array]
 # Rows of a tile. Tensor cores take no fewer than 16; more would leave a GPU that has two heads of a window with nothing to do.

@@ -10,15 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from djax import native
-from djax.models.layers import kernels_wanted
 
 Pair = tuple[jax.Array, jax.Array]
 
 
 def why_not(head_dim: int, dtype: Any) -> str | None:
     """Why the function cannot be had for heads of this width; None where it can."""
-    if not kernels_wanted():
-        return "DJAX_KERNELS=xla"
     if head_dim % 32:
         return f"heads of width {head_dim} are no whole multiple of 32"
     return native.why_not(dtype)

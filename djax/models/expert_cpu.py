@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from djax import native
 from djax.models import expert_tiles
-from djax.models.layers import kernels_wanted
 from djax.models.quantized import Int8, Weights, values
 
 
@@ -19,8 +18,6 @@ def why_not(shape: tuple[int, int, int], dtype: Any, held: Any) -> str | None:
     """Why the function cannot be had for experts of this shape, `[E, D, 2F]`, held in one dtype and applied to values of
     another; None where it can."""
     _, width, both = shape
-    if not kernels_wanted():
-        return "DJAX_KERNELS=xla"
     if width % 64 or both % 64:
         return f"width {width} and expert width {both // 2} are no whole multiples of 64 and 32"
     return native.why_not(dtype, held)

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from djax.models import expert_tiles
-from djax.models.layers import gated, kernels_wanted
+from djax.models.layers import gated
 from djax.models.quantized import Int8, Weights, values
+from djax.native import kernels_wanted
 
 # Rows of a tile, columns of its output, and how much of the summed axis is read at a time. Some 160 rows an expert in a
 # canvas of LLaDA-MoE: a wider tile would be half empty at the end of most groups.

@@ -1,6 +1,5 @@
 """The maths every family shares: normalisation, rotary positions, attention over cached and fresh keys."""
 
-import os
 from functools import reduce
 from typing import NamedTuple
 
@@ -8,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from djax.errors import OptionError
+from djax.sharding import split
 
-ENVIRONMENT = "DJAX_KERNELS"
 # Finite, so that a query which sees nothing (a padded window position) gives a number instead of NaN.
 HIDDEN = -1e30
 
@@ -26,20 +24,6 @@ class Cache(NamedTuple):
 
     layers: tuple[tuple[jax.Array, jax.Array], ...]
     visible: jax.Array
-
-
-def kernels_wanted() -> bool:
-    """Whether programs may have djax's own kernels: Pallas on a GPU, C++ on a CPU. DJAX_KERNELS=xla asks for XLA's operations
-    alone: to compare, or in doubt."""
-    form = os.environ.get(ENVIRONMENT, "djax")
-    if form not in ("djax", "xla"):
-        raise OptionError(f"{ENVIRONMENT}: expected 'djax' or 'xla', got {form!r}")
-    return form == "djax"
-
-
-def split() -> bool:
-    """Whether a mesh is set whose model axis splits anything; a caller's own mesh, with other axes, is none of ours."""
-    return jax.sharding.get_abstract_mesh().shape.get("model", 1) > 1
 
 
 def replicated(x: jax.Array) -> jax.Array:
@@ -79,8 +63,8 @@ def rotary_angles(positions: jax.Array, head_dim: int, theta: float, rotated: in
     frequency = 1.0 / theta ** (jnp.arange(0, rotated, 2, dtype=jnp.float32) / rotated)
     frequency = jnp.pad(frequency, (0, (head_dim - rotated) // 2))
     angle = positions[..., None].astype(jnp.float32) * frequency[None, None, :]
-    angle = jnp.concatenate([angle, angle], axis=-1)
-    return jnp.cos(angle), jnp.sin(angle)
+    # Both halves of a head turn alike; a sine is the dearest thing here.
+    return tuple(jnp.concatenate([a, a], axis=-1) for a in (jnp.cos(angle), jnp.sin(angle)))
 
 
 def partly_rotated(head_dim: int, rotated: int) -> list[int]:

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from djax import native
-from djax.models.layers import kernels_wanted, split
 from djax.models.quantized import Int8, Weights, product, values
+from djax.sharding import split
 
 
 def linear(spec: str, x: jax.Array, w: Weights, wide: bool = False) -> jax.Array:
@@ -44,8 +44,6 @@ def on_cpu(spec: str, x: jax.Array, w: Weights, wide: bool = False) -> jax.Array
 
 def why_not(spec: str, x: jax.Array, w: Weights) -> str | None:
     """Why the function cannot be had for such a product; None where it can."""
-    if not kernels_wanted():
-        return "DJAX_KERNELS=xla"
     _, summed, outs = _sizes(spec, x.shape, w.shape)
     if summed % 16 or outs % 64:
         return f"sums over {summed} and {outs} outputs are no whole multiples of 16 and 64"

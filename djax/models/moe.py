@@ -13,8 +13,9 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from djax.models import expert_cpu, expert_kernel, expert_tiles
-from djax.models.layers import gated, replicated, split
+from djax.models.layers import gated, replicated
 from djax.models.quantized import Weights, at, product, values
+from djax.sharding import split
 
 # Tokens up to which an accelerator computes all experts on all of them.
 DENSE = 256

@@ -26,7 +26,8 @@ import jaxlib
 from djax.compilation import default_directory, private_directory
 from djax.errors import OptionError
 
-FUNCTIONS = ("djax_experts", "djax_attention", "djax_dense")
+ENVIRONMENT = "DJAX_KERNELS"
+FUNCTIONS = ("djax_experts", "djax_attention", "djax_dense", "djax_peaks")
 COMPILERS = ("c++", "g++", "clang++")
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _TYPES = {"float32": "float", "bfloat16": "BFloat16", "int8": "int8_t"}
@@ -52,9 +53,20 @@ def portable() -> Iterator[None]:
         _portable.reset(token)
 
 
+def kernels_wanted() -> bool:
+    """Whether programs may have djax's own kernels: Pallas on a GPU, C++ on a CPU. DJAX_KERNELS=xla asks for XLA's operations
+    alone: to compare, or in doubt."""
+    form = os.environ.get(ENVIRONMENT, "djax")
+    if form not in ("djax", "xla"):
+        raise OptionError(f"{ENVIRONMENT}: expected 'djax' or 'xla', got {form!r}")
+    return form == "djax"
+
+
 def why_not(dtype: Any, held: Any = None) -> str | None:
     """Why there are no functions for values of this dtype and weights held in that one (None: the same) in a program that is
     traced now; None if there are. The first time they are compiled: a few seconds, once a machine."""
+    if not kernels_wanted():
+        return f"{ENVIRONMENT}=xla"
     if jax.default_backend() != "cpu":
         return "this process computes elsewhere"
     if _portable.get():

@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "dense.h"
 #include "experts.h"
+#include "peaks.h"
 
 using namespace djax;
 using X = DJAX_X;
@@ -47,3 +48,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(djax_dense, (dense<X, W>),
                                   .Arg<Any>()    // w
                                   .Arg<Any>()    // scale
                                   .Ret<Any>());  // y
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(djax_peaks, peaks,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Any>()    // logits
+                                  .Arg<Any>()    // mask_id
+                                  .Ret<Any>()    // other
+                                  .Ret<Any>()    // highest
+                                  .Ret<Any>()    // of_mask_id
+                                  .Ret<Any>());  // total
