@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from djax.caching import CACHES
 from djax.decoding import DECODERS, Credit, Edit, Entropy, Factor, Fixed, Hierarchy, Threshold
-from djax.decoding.contract import Tick, draws, edits
+from djax.decoding.contract import Tick, _peaks_on_cpu, _plain_peaks, draws, edits, peaks
 from djax.pytree import classes
 from djax.smoothing import Smoothing
 
@@ -394,3 +394,50 @@ def test_no_two_kinds_of_plug_have_one_structure():
     for (one, a), (other, b) in itertools.combinations(zip(plugs, structures, strict=True), 2):
         assert a != b, (one, other)
         assert classes(one) != classes(other)
+
+
+def vocabularies():
+    """Logits `[2, 3, 64]` with whatever may stand there, and a mask id."""
+    rng = np.random.default_rng(0)
+    for case in range(60):
+        logits = rng.normal(size=(2, 3, 64)).astype(np.float32) * rng.choice([1, 30])
+        if case % 3 == 0:
+            logits = np.round(logits / 10) * 10  # ties
+        if case % 5 == 1:
+            logits[rng.random(logits.shape) < 0.3] = -np.inf
+        if case == 7:
+            logits[:] = -np.inf
+        if case == 8:
+            logits[0, 1, 5] = np.inf
+        if case in (9, 10):
+            logits[1, 2, [3, 33][case % 2]] = np.nan
+        mask_id = [0, 33, 63, int(logits[0, 0].argmax())][case % 4]
+        yield jnp.asarray(logits), jnp.int32(mask_id)
+
+
+def test_one_visit_of_the_vocabulary_finds_what_xla_s_passes_find():
+    for logits, mask_id in vocabularies():
+        got, expected = _peaks_on_cpu(logits, mask_id), _plain_peaks(logits, mask_id)
+        for name in ("other", "highest", "of_mask_id"):
+            np.testing.assert_array_equal(getattr(got, name), getattr(expected, name), err_msg=name)
+        np.testing.assert_allclose(got.total, expected.total, rtol=2e-6)
+
+
+def test_a_position_s_peaks_do_not_depend_on_the_others():
+    for logits, mask_id in itertools.islice(vocabularies(), 8):
+        together = _peaks_on_cpu(logits, mask_id)
+        alone = _peaks_on_cpu(logits[1:, 1:2], mask_id)
+        for one, other in zip(alone, together, strict=True):
+            np.testing.assert_array_equal(one, other[1:, 1:2])
+
+
+def test_a_decode_asks_for_the_peaks_once():
+    """Of a decoder and of the trace beside it."""
+    logits = jnp.zeros((1, 4, 64))
+
+    def step(logits):
+        _, tokens, _ = Threshold(0.9).step((), logits, jnp.ones((1, 4), bool), tick(1), None)
+        return tokens, peaks(logits, jnp.int32(MASK)).total
+
+    text = jax.jit(step).lower(logits).compile().as_text()
+    assert text.count('custom_call_target="djax_peaks') == 1

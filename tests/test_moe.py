@@ -13,8 +13,8 @@ from djax.models import expert_cpu, expert_kernel, moe, quantized
 TOKENS, WIDTH, EXPERTS, EXPERT_WIDTH, TOP = 70, 64, 6, 64, 2
 # On a machine with a GPU the kernel itself runs.
 INTERPRET = jax.default_backend() == "cpu"
-kernel = partial(moe.grouped, chosen=partial(expert_kernel.chosen, interpret=INTERPRET))
-cpu_kernel = partial(moe.grouped, chosen=expert_cpu.chosen)
+kernel = partial(moe.grouped, summed=partial(expert_kernel.summed, interpret=INTERPRET))
+cpu_kernel = partial(moe.grouped, summed=expert_cpu.summed)
 dense_kernel = partial(moe.dense_kernel, interpret=INTERPRET)
 
 
@@ -136,15 +136,15 @@ def test_padding_costs_the_kernel_nothing_and_is_finite():
     np.testing.assert_array_equal(nobody, 0)
 
 
-def test_on_a_cpu_a_row_gets_the_same_bits_whatever_is_computed_beside_it():
+def test_on_a_cpu_a_token_gets_the_same_bits_whatever_is_computed_beside_it():
     x, router, w_in, w_out = layer()
-    routing = moe.route(x, router, TOP, renormalise=False)
-    together = expert_cpu.chosen(x, routing.ids, w_in, w_out)
+    weights, ids, *_ = moe.route(x, router, TOP, renormalise=False)
+    together = expert_cpu.summed(x, weights, ids, w_in, w_out)
     for some in (slice(0, 1), slice(3, 5), slice(10, 40), slice(64, 70)):
-        assert np.array_equal(expert_cpu.chosen(x[some], routing.ids[some], w_in, w_out), together[some])
-    many = expert_cpu.chosen(jnp.tile(x, (40, 1)), jnp.tile(routing.ids, (40, 1)), w_in, w_out)
+        assert np.array_equal(expert_cpu.summed(x[some], weights[some], ids[some], w_in, w_out), together[some])
+    many = expert_cpu.summed(*(jnp.tile(a, (40, 1)) for a in (x, weights, ids)), w_in, w_out)
     assert np.array_equal(many.reshape(40, *together.shape), jnp.broadcast_to(together, (40, *together.shape)))
-    nobody = expert_cpu.chosen(x, jnp.full_like(routing.ids, EXPERTS), w_in, w_out)
+    nobody = expert_cpu.summed(x, weights, jnp.full_like(ids, EXPERTS), w_in, w_out)
     assert np.array_equal(nobody, jnp.zeros_like(nobody))
 
 
@@ -153,11 +153,11 @@ def test_more_hidden_rows_than_exist_at_a_time():
     x, _, w_in, w_out = layer()
     rows = 20_000
     ids = jnp.concatenate([jnp.full((rows, 1), 2), jnp.arange(60)[:, None] % EXPERTS]).astype(jnp.int32)
-    got = expert_cpu.chosen(jnp.resize(x, (len(ids), WIDTH)), ids, w_in, w_out)[:, 0]
+    x = jnp.resize(x, (len(ids), WIDTH))
+    got = expert_cpu.summed(x, jnp.ones(ids.shape), ids, w_in, w_out)
     for some in (slice(0, 70), slice(rows - 40, rows + 60)):
-        one = moe.Routing(jnp.ones((100, 1)), ids[some], jnp.zeros((100, EXPERTS)), None)
-        n = len(ids[some])
-        expected = moe.plain(jnp.resize(x, (len(ids), WIDTH))[some], one._replace(weights=jnp.ones((n, 1))), w_in, w_out, None)
+        ones = jnp.ones(ids[some].shape)
+        expected = moe.plain(x[some], moe.Routing(ones, ids[some], None, None), w_in, w_out, None)
         np.testing.assert_allclose(got[some], expected, atol=2e-5 * float(jnp.max(jnp.abs(expected))))
 
 

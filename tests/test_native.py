@@ -97,19 +97,32 @@ def test_dtypes_it_is_not_made_for():
     assert native.why_not(jnp.bfloat16, jnp.int8) is None
 
 
+def experts(*shape):
+    return jax.ffi.ffi_call(native.target("djax_experts", jnp.float32), jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
 def test_wrong_shapes_are_an_error_and_no_crash():
-    call = jax.ffi.ffi_call(native.target("djax_experts", jnp.float32), jax.ShapeDtypeStruct((4, 2, 64), jnp.float32))
     x, ids, w_in, w_out = jnp.ones((4, 64)), jnp.zeros((4, 2), jnp.int32), jnp.ones((3, 64, 64)), jnp.ones((3, 32, 64))
-    none = jnp.zeros((0, 1, 64)), jnp.zeros((0, 32, 1))
-    assert np.isfinite(call(x, ids, w_in, w_out, *none)).all()
-    for wrong in ((x, ids, w_in[:2], w_out), (x, ids[:3], w_in, w_out), (x[:, :32], ids, w_in, w_out), (x, ids, w_in, w_in)):
+    none, gates = (jnp.zeros((0, 1, 64)), jnp.zeros((0, 32, 1))), jnp.ones((4, 2))
+    assert np.isfinite(experts(4, 64)(x, ids, gates, w_in, w_out, *none)).all()
+    assert np.isfinite(experts(4, 2, 64)(x, ids, gates[:0], w_in, w_out, *none)).all()
+    wrong = (
+        (x, ids, gates, w_in[:2], w_out),
+        (x, ids[:3], gates, w_in, w_out),
+        (x, ids, gates[:3], w_in, w_out),
+        (x[:, :32], ids, gates, w_in, w_out),
+        (x, ids, gates, w_in, w_in),
+    )
+    for arguments in wrong:
         with pytest.raises(Exception, match="expected other shapes or types"):
-            call(*wrong, *none)
+            experts(4, 64)(*arguments, *none)
 
 
 def test_ids_that_are_no_expert_s_are_none():
-    call = jax.ffi.ffi_call(native.target("djax_experts", jnp.float32), jax.ShapeDtypeStruct((2, 2, 64), jnp.float32))
     none = jnp.zeros((0, 1, 64)), jnp.zeros((0, 32, 1))
     ids = jnp.array([[-1, 2], [2**31 - 1, 3]], jnp.int32)
-    y = call(jnp.ones((2, 64)), ids, jnp.ones((3, 64, 64)), jnp.ones((3, 32, 64)), *none)
+    w_in, w_out, gates = jnp.ones((3, 64, 64)), jnp.ones((3, 32, 64)), jnp.full((2, 2), 0.5)
+    y = experts(2, 2, 64)(jnp.ones((2, 64)), ids, gates[:0], w_in, w_out, *none)
     assert np.array_equal(np.asarray(y).any(axis=-1), [[False, True], [False, False]])
+    summed = experts(2, 64)(jnp.ones((2, 64)), ids, gates, w_in, w_out, *none)
+    np.testing.assert_allclose(summed, [0.5 * y[0, 1], np.zeros(64)])

@@ -34,9 +34,9 @@ def attention(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalise and rotate queries and keys, then attend.
 
-    qkv `[B, W, G, H / G + 2, K]`: a group's queries, its key, its value. norms: weights `[K]` of the queries' and of the
-    keys' normalisation, None where a family has none. angles: cos and sin `[B, W, K]` (`layers.rotary_angles`), whose dtype,
-    if wider, is what heads are rotated in. valid, cached, visible, until: as in `attend`.
+    qkv `[B, W, G, H / G + 2, K]`: a group's queries, its key, its value. norms: weights `[K]` of the queries' and the
+    keys' normalisation, None where a family has none. angles: cos and sin `[B, W, K / 2]` (`layers.rotary_angles`); their
+    dtype, if wider, is what heads are rotated in. valid, cached, visible, until: as in `attend`.
     Returns the attended values `[B, W, H, K]` and the window's k (after rotary) and v, `[B, G, W * K]` each.
     The form is chosen when the program is lowered: the kernel on CUDA if it `suits`, the C++ function on a CPU if it can be
     had, else the plain one.
@@ -144,7 +144,7 @@ def _call(
     batch, window, groups, slots, head_dim = qkv.shape
     heads = groups * (slots - 2)
     inputs = {"qkv": qkv, "valid": valid.astype(jnp.int32)}
-    inputs |= dict(zip(("cos", "sin"), (a[..., : head_dim // 2] for a in angles), strict=True))
+    inputs |= dict(zip(("cos", "sin"), angles, strict=True))
     if norms is not None:
         inputs |= dict(zip(("q_norm", "k_norm"), norms, strict=True))
     if cached is not None:

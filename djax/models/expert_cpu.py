@@ -23,27 +23,40 @@ def why_not(shape: tuple[int, int, int], dtype: Any, held: Any) -> str | None:
     return native.why_not(dtype, held)
 
 
-def chosen(x: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights) -> jax.Array:
-    """Each token's chosen experts' outputs, `[T, J, D]`; arguments, result and gradient as `expert_tiles.chosen`'s.
+def summed(x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights) -> jax.Array:
+    """Each token's sum over its chosen experts, `[T, D]`; arguments, result and gradient as `expert_tiles.summed`'s.
 
-    Everything between x and the result is float32, in narrower models, too. Law: a row's result is the same, bit for bit,
-    whichever rows are computed with it and however many threads there are.
+    Everything between x and the result is float32, in narrower models, too. Law: a token's result is the same, bit for bit,
+    whichever tokens are computed with it and however many threads there are.
     """
 
     @jax.custom_vjp
-    def run(x: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights) -> jax.Array:
-        return _call(x, ids, w_in, w_out)
+    def run(x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights) -> jax.Array:
+        return _call(x, weights, ids, w_in, w_out)
 
-    run.defvjp(lambda *a: (run(*a), a), expert_tiles.backward)
-    return run(x, ids, w_in, w_out)
+    def forward(x: jax.Array, weights: jax.Array, *rest: Any) -> tuple:
+        # The weights' gradient wants the outputs themselves.
+        y = _call(x, jnp.zeros((0, weights.shape[1])), *rest)
+        return expert_tiles.combine(y, weights), (y, weights, (x, *rest))
+
+    def backward(saved: tuple, dy: jax.Array) -> tuple:
+        y, weights, arguments = saved
+        dy, dweights = jax.vjp(expert_tiles.combine, y, weights)[1](dy)
+        dx, *rest = expert_tiles.backward(arguments, dy)
+        return dx, dweights, *rest
+
+    run.defvjp(forward, backward)
+    return run(x, weights, ids, w_in, w_out)
 
 
-def _call(x: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights) -> jax.Array:
+def _call(x: jax.Array, gates: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights) -> jax.Array:
+    """The sums; without gates, `[0, J]`, the outputs of each choice, `[T, J, D]`."""
     _, width, both = w_in.shape
     scales = (w_in.scale, w_out.scale) if isinstance(w_in, Int8) else (jnp.zeros((0, 1, both)), jnp.zeros((0, both // 2, 1)))
+    rows = ids.shape[: 1 if len(gates) else 2]
     call = jax.ffi.ffi_call(
         native.target("djax_experts", x.dtype, values(w_in).dtype),
-        jax.ShapeDtypeStruct((*ids.shape, width), x.dtype),
+        jax.ShapeDtypeStruct((*rows, width), x.dtype),
         vmap_method="sequential",
     )
-    return call(x, ids, values(w_in), values(w_out), *scales)
+    return call(x, ids, gates, values(w_in), values(w_out), *scales)

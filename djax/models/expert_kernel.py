@@ -42,6 +42,13 @@ def chosen(x: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights, interpre
     return run(x, ids, w_in, w_out)
 
 
+def summed(
+    x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights, interpret: bool = False
+) -> jax.Array:
+    """`expert_tiles.summed` by the kernels."""
+    return expert_tiles.combine(chosen(x, ids, w_in, w_out, interpret), weights)
+
+
 def _run(x: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights, interpret: bool) -> jax.Array:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu

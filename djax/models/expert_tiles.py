@@ -122,3 +122,13 @@ def backward(saved: tuple, dy: jax.Array) -> tuple:
 
 
 chosen.defvjp(_forward, backward)
+
+
+def summed(x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights) -> jax.Array:
+    """Each token's sum over its chosen experts, `[T, D]`, with float32 weights `[T, J]`."""
+    return combine(chosen(x, ids, w_in, w_out), weights)
+
+
+def combine(y: jax.Array, weights: jax.Array) -> jax.Array:
+    """Sum `[T, J, D]` over the chosen experts with float32 weights `[T, J]`, rounded to y's dtype once."""
+    return jnp.sum(y.astype(jnp.float32) * weights[..., None], axis=1).astype(y.dtype)

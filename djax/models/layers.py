@@ -55,16 +55,16 @@ def gated(h: jax.Array) -> jax.Array:
 
 
 def rotary_angles(positions: jax.Array, head_dim: int, theta: float, rotated: int | None = None) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 `[B, W, K]`, of the half-split rotary embedding at `positions` int32 `[B, W]`.
+    """cos and sin, float32 `[B, W, K / 2]`, of the half-split rotary embedding at `positions` int32 `[B, W]`.
 
-    rotated: how many features are turned; the others, last in each half, stay as they are (`partly_rotated`).
+    Both halves of a head turn by the same angles. rotated: how many features are turned; the others, last in each half, stay as
+    they are (`partly_rotated`).
     """
     rotated = head_dim if rotated is None else rotated
     frequency = 1.0 / theta ** (jnp.arange(0, rotated, 2, dtype=jnp.float32) / rotated)
     frequency = jnp.pad(frequency, (0, (head_dim - rotated) // 2))
     angle = positions[..., None].astype(jnp.float32) * frequency[None, None, :]
-    # Both halves of a head turn alike; a sine is the dearest thing here.
-    return tuple(jnp.concatenate([a, a], axis=-1) for a in (jnp.cos(angle), jnp.sin(angle)))
+    return jnp.cos(angle), jnp.sin(angle)
 
 
 def partly_rotated(head_dim: int, rotated: int) -> list[int]:
@@ -79,7 +79,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Apply rotary embedding to `x` `[B, W, heads, K]`, in the wider dtype of x and the angles; the result is in x's."""
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     low, high = jnp.split(x, 2, axis=-1)
-    return (x * cos + jnp.concatenate([-high, low], axis=-1) * sin).astype(x.dtype)
+    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
 
 
 def attend(

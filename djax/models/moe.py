@@ -94,8 +94,8 @@ def experts(x: jax.Array, routing: Routing, w_in: Weights, w_out: Weights, valid
     finite value and, where the back end can, cost nothing. The back end is chosen when the program is lowered, by `form`.
     Under a mesh the experts are split over its model axis, and their sum is what the caller constrains to replicated.
     """
-    back_ends = {"dense": dense, "tiles": grouped, "cpu kernel": partial(grouped, chosen=expert_cpu.chosen)}
-    back_ends |= {"dense kernel": dense_kernel, "kernels": partial(grouped, chosen=expert_kernel.chosen)}
+    back_ends = {"dense": dense, "tiles": grouped, "cpu kernel": partial(grouped, summed=expert_cpu.summed)}
+    back_ends |= {"dense kernel": dense_kernel, "kernels": partial(grouped, summed=expert_kernel.summed)}
     names = {platform: form(platform, len(x), values(w_in), x.dtype) for platform in ("cpu", "cuda", "default")}
     return jax.lax.platform_dependent(x, routing, w_in, w_out, valid, **{p: back_ends[name] for p, name in names.items()})
 
@@ -133,7 +133,7 @@ def plain(x: jax.Array, routing: Routing, w_in: Weights, w_out: Weights, valid: 
     del valid
     h = gated(product("td,tjdf->tjf", x, at(w_in, routing.ids)))
     y = product("tjf,tjfd->tjd", h, at(w_out, routing.ids))
-    return combine(y, routing.weights)
+    return expert_tiles.combine(y, routing.weights)
 
 
 def dense(x: jax.Array, routing: Routing, w_in: Weights, w_out: Weights, valid: jax.Array, chunk: int = 2048) -> jax.Array:
@@ -178,29 +178,24 @@ def grouped(
     w_in: Weights,
     w_out: Weights,
     valid: jax.Array,
-    chosen: Callable[..., jax.Array] = expert_tiles.chosen,
+    summed: Callable[..., jax.Array] = expert_tiles.summed,
 ) -> jax.Array:
     """The chosen experts alone, tokens sorted by expert; nothing dropped, any group sizes, differentiable.
 
-    chosen: (x, ids, w_in, w_out) -> each token's experts' outputs, in tiles of one expert each. Under a mesh each device runs
-    the tiles of its own experts, and the partial sums are added.
+    summed: (x, weights, ids, w_in, w_out) -> each token's weighted sum over its experts. Under a mesh each device does so for
+    its own experts, and the partial sums are added.
     """
     ids = jnp.where(valid[:, None], routing.ids, w_in.shape[0])
     if not split():
-        return combine(chosen(x, ids, w_in, w_out), routing.weights)
+        return summed(x, routing.weights, ids, w_in, w_out)
 
     def own(x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights) -> jax.Array:
         count = w_in.shape[0]
         ids = ids - jax.lax.axis_index("model") * count
         mine = (ids >= 0) & (ids < count)
-        y = combine(chosen(x, jnp.where(mine, ids, count), w_in, w_out), jnp.where(mine, weights, 0.0))
+        y = summed(x, jnp.where(mine, weights, 0.0), jnp.where(mine, ids, count), w_in, w_out)
         return jax.lax.psum(y, "model")
 
     specs = (P(), P(), P(), P("model"), P("model"))
     shards = jax.shard_map(own, in_specs=specs, out_specs=P(), axis_names={"model"}, check_vma=False)
     return shards(x, routing.weights, ids, w_in, w_out)
-
-
-def combine(y: jax.Array, weights: jax.Array) -> jax.Array:
-    """Sum `[T, J, D]` over the chosen experts with float32 weights `[T, J]`, rounded to y's dtype once."""
-    return jnp.sum(y.astype(jnp.float32) * weights[..., None], axis=1).astype(y.dtype)

@@ -11,7 +11,7 @@
 
 namespace djax {
 
-// The arrays of a call, in row-major order: qkv [B, W, G, R + 2, K]; q_norm and k_norm [K] or null; cos and sin [B, W, K];
+// The arrays of a call, in row-major order: qkv [B, W, G, R + 2, K]; q_norm and k_norm [K] or null; cos and sin [B, W, K / 2];
 // valid [B, W]; cached_k and cached_v [B, G, L, K]; visible [B, L]; until [B, W] or null; out [B, W, G * R, K]; k and v
 // [B, G, W, K].
 template <typename X>
@@ -49,11 +49,13 @@ struct Attention {
     const int64_t columns = window * per_group, panels = (columns + kPanel - 1) / kPanel;
     const int64_t size = panels * width * kPanel;
     float* queries = scratch<5>(batch * groups * size);
-    in_parallel(pool, batch * groups, [&](int64_t i) { prepare(i / groups, i % groups, &queries[i * size], size); });
-    in_parallel(pool, batch * groups * panels, [&](int64_t i) {
-      const int64_t b = i / panels / groups, g = i / panels % groups, first = i % panels * kPanel;
-      attend(b, g, seen[b], &queries[i * width * kPanel], first, std::min<int64_t>(kPanel, columns - first));
-    });
+    const Phase heads{batch * groups, [&](int64_t i) { prepare(i / groups, i % groups, &queries[i * size], size); }};
+    const Phase attended{batch * groups * panels, [&](int64_t i) {
+                           const int64_t b = i / panels / groups, g = i / panels % groups, first = i % panels * kPanel;
+                           const int64_t count = std::min<int64_t>(kPanel, columns - first);
+                           attend(b, g, seen[b], &queries[i * width * kPanel], first, count);
+                         }};
+    in_parallel(pool, {heads, attended});
   }
 
   // Normalise and rotate a head: its keys and values as they are kept, its queries as panels of columns.
@@ -84,14 +86,14 @@ struct Attention {
       for (int n = 0; n < kLanes; ++n) sum += squares[n];
       scale = 1 / std::sqrt(sum / width + eps);
     }
-    const float* c = cos + position * width;
-    const float* s = sin + position * width;
     const int64_t half = width / 2;
+    const float* c = cos + position * half;
+    const float* s = sin + position * half;
     for (int64_t i = 0; i < half; i += kLanes) {
       Floats low = load(from + i) * scale, high = load(from + half + i) * scale;
       if (norm) low *= load(norm + i), high *= load(norm + half + i);
       store(to + i, low * load(c + i) - high * load(s + i));
-      store(to + half + i, high * load(c + half + i) + low * load(s + half + i));
+      store(to + half + i, high * load(c + i) + low * load(s + i));
     }
   }
 
@@ -114,6 +116,10 @@ struct Attention {
     for (int c = 0; c < kColumns; ++c) top[c] = Floats{} - 1e30f, total[c] = Floats{};
     auto key = [&](int64_t n) {
       const X* there = row(cached_k, k, n);
+      // Its value is read soon after, and later keys sooner.
+      const X* value = row(cached_v, v, n);
+      const X* later = row(cached_k, k, std::min(n + kAhead, keys - 1));
+      for (int64_t i = 0; i < width; i += kLanes) __builtin_prefetch(value + i), __builtin_prefetch(later + i);
       if constexpr (std::is_same_v<X, float>) {
         return there;
       } else {
@@ -176,7 +182,7 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer qkv, ffi::AnyBuffer q_
   const int64_t B = sizes[0], W = sizes[1], G = sizes[2], R = sizes[3] - 2, K = sizes[4], L = visible.dimensions()[1];
   const int64_t N = q_norm.dimensions()[0], U = until.dimensions()[1];
   if (!is<X>(qkv, {B, W, G, R + 2, K}) || !is<X>(q_norm, {N}) || !is<X>(k_norm, {N}) || (N && N != K) ||
-      !is<float>(cos, {B, W, K}) || !is<float>(sin, {B, W, K}) || !is<bool>(valid, {B, W}) ||
+      !is<float>(cos, {B, W, K / 2}) || !is<float>(sin, {B, W, K / 2}) || !is<bool>(valid, {B, W}) ||
       !is<X>(cached_k, {B, G, L * K}) || !is<X>(cached_v, {B, G, L * K}) || !is<bool>(visible, {B, L}) ||
       !is<int32_t>(until, {B, U}) || (U && U != W) || !is<X>(*out, {B, W, G * R, K}) || !is<X>(*k, {B, G, W * K}) ||
       !is<X>(*v, {B, G, W * K}))

@@ -29,20 +29,21 @@ void multiply_dense(ffi::ThreadPool& pool, const X* x, const W* w, const float* 
   auto columns_of = [&](int64_t i, const W** columns) {
     for (int c = 0; c < kColumns; ++c) columns[c] = w + i / parts * kPanel + c * kLanes;
   };
-  in_parallel(pool, total, [&](int64_t i) {
-    const W *columns[kColumns], *next[kColumns];
-    columns_of(i, columns);
+  const Phase columns{total, [&](int64_t i) {
+    const W *now[kColumns], *next[kColumns];
+    columns_of(i, now);
     columns_of(std::min(i + threads, total - 1), next);
     const int64_t part = i % parts, column = i / parts * kPanel;
     const int64_t first = tiles * part / parts * kRows, end = std::min(tiles * (part + 1) / parts * kRows, M);
     auto row = [&](int64_t r) { return inputs + (first + r) * K; };
-    product<kColumns>(end - first, row, 1, K, columns, N, scratch<0>(K * kPanel), next, [&](int64_t r, auto& sums) {
+    product<kColumns>(end - first, row, 1, K, now, N, scratch<0>(K * kPanel), next, [&](int64_t r, auto& sums) {
       for (int c = 0; c < kColumns; ++c) {
         const int64_t at = column + c * kLanes;
         store(y + (first + r) * N + at, scale ? sums[c] * load(scale + at) : sums[c]);
       }
     });
-  });
+  }};
+  in_parallel(pool, {columns});
 }
 
 template <typename X, typename W>

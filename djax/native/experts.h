@@ -18,12 +18,14 @@ constexpr int64_t kMostRows = 96;
 // Hidden rows that exist at a time, but for what a part has more.
 constexpr int64_t kMostHidden = 16384;
 
-// The arrays of a call, in row-major order: x [T, D], ids [T, J], w_in [E, D, 2F], w_out [E, F, D], y [T, J, D]. int8 weights
-// are times a scale: in_scale [E, 1, 2F], out_scale [E, F, 1]; others have empty ones, [0, 1, 2F] and [0, F, 1].
+// The arrays of a call, in row-major order: x [T, D], ids [T, J], w_in [E, D, 2F], w_out [E, F, D]; y [T, D], each token's sum
+// over its choices, times gates [T, J]; without gates (null) y [T, J, D]. int8 weights are times a scale: in_scale [E, 1, 2F],
+// out_scale [E, F, 1]; others have empty ones, [0, 1, 2F] and [0, F, 1].
 template <typename X, typename W>
 struct Experts {
   const X* x;
   const int32_t* ids;
+  const float* gates;
   const W* w_in;
   const W* w_out;
   const float* in_scale;
@@ -36,10 +38,11 @@ struct Experts {
     int64_t expert, first, count;
   };
 
+  bool has_expert(int64_t row) const { return ids[row] >= 0 && ids[row] < experts; }
+
   void run(ffi::ThreadPool& pool) const {
     const int64_t total = tokens * choices;
     std::vector<int64_t> ends(experts + 1, 0), order(total);
-    auto has_expert = [&](int64_t row) { return ids[row] >= 0 && ids[row] < experts; };
     for (int64_t row = 0; row < total; ++row)
       if (has_expert(row)) ++ends[ids[row] + 1];
     for (int64_t e = 0; e < experts; ++e) ends[e + 1] += ends[e];
@@ -47,7 +50,7 @@ struct Experts {
     for (int64_t row = 0; row < total; ++row) {
       if (has_expert(row)) {
         order[place[ids[row]]++] = row;
-      } else {
+      } else if (!gates) {
         std::memset(static_cast<void*>(y + row * width), 0, width * sizeof(X));
       }
     }
@@ -62,8 +65,9 @@ struct Experts {
     std::vector<Part> parts;
     int64_t rows = 0;
     float* h = scratch<5>(std::min(total, kMostHidden + kMostRows) * hidden);
-    auto compute = [&] {
-      if (!parts.empty()) pass(pool, parts, order, inputs, h);
+    float* outputs = gates ? scratch<6>(total * width) : nullptr;
+    auto compute = [&](bool last) {
+      pass(pool, parts, order, inputs, h, outputs, last);
       parts.clear();
       rows = 0;
     };
@@ -73,16 +77,17 @@ struct Experts {
         const int64_t first = ends[e] + count * p / pieces, end = ends[e] + count * (p + 1) / pieces;
         parts.push_back({e, first, end - first});
         rows += end - first;
-        if (rows >= kMostHidden) compute();
+        if (rows >= kMostHidden) compute(false);
       }
     }
-    compute();
+    compute(true);
   }
 
-  // All hidden rows of some parts, then all their outputs. A piece of work is a panel of columns of a part.
+  // All hidden rows of some parts, then all their outputs, and after the last of them the tokens' sums. A piece of work is a
+  // panel of columns of a part, or a token.
   void pass(ffi::ThreadPool& pool, const std::vector<Part>& parts, const std::vector<int64_t>& order, const float* inputs,
-            float* h) const {
-    const int64_t begin = parts[0].first, count = parts.size(), threads = pool.num_threads();
+            float* h, float* outputs, bool last) const {
+    const int64_t begin = parts.empty() ? 0 : parts[0].first, count = parts.size(), threads = pool.num_threads();
     const int64_t panels = hidden / (kHalf * kLanes);
     auto in_columns = [&](int64_t i, const W** columns) {
       const int64_t column = i % panels * kHalf * kLanes;
@@ -90,12 +95,12 @@ struct Experts {
         columns[c] = w_in + parts[i / panels].expert * width * 2 * hidden + column + c / kHalf * hidden + c % kHalf * kLanes;
       return column;
     };
-    in_parallel(pool, count * panels, [&](int64_t i) {
+    const Phase in{count * panels, [&](int64_t i) {
       const W *columns[kColumns], *next[kColumns];
       in_columns(std::min(i + threads, count * panels - 1), next);
       const int64_t column = in_columns(i, columns);
       into(parts[i / panels], column, columns, next, order, inputs, h - begin * hidden);
-    });
+    }};
     const int64_t panels_out = width / kPanel;
     auto out_columns = [&](int64_t i, const W** columns) {
       const int64_t column = i % panels_out * kPanel;
@@ -103,12 +108,14 @@ struct Experts {
         columns[c] = w_out + parts[i / panels_out].expert * hidden * width + column + c * kLanes;
       return column;
     };
-    in_parallel(pool, count * panels_out, [&](int64_t i) {
+    const Phase out{count * panels_out, [&](int64_t i) {
       const W *columns[kColumns], *next[kColumns];
       out_columns(std::min(i + threads, count * panels_out - 1), next);
       const int64_t column = out_columns(i, columns);
-      out_of(parts[i / panels_out], column, columns, next, order, h - begin * hidden);
-    });
+      out_of(parts[i / panels_out], column, columns, next, order, h - begin * hidden, outputs);
+    }};
+    const Phase sums{gates && last ? tokens : 0, [&](int64_t t) { sum(t, outputs); }};
+    in_parallel(pool, {in, out, sums});
   }
 
   // A panel of hidden features from `column` on: silu(gate) * up, times the second matrix' scale. h: by place in the order.
@@ -133,29 +140,60 @@ struct Experts {
 
   // A panel of outputs from `column` on.
   void out_of(const Part& part, int64_t column, const W* const* columns, const W* const* next,
-              const std::vector<int64_t>& order, const float* h) const {
+              const std::vector<int64_t>& order, const float* h, float* outputs) const {
     auto row = [&](int64_t r) { return h + (part.first + r) * hidden; };
     float* copy = scratch<0>(hidden * kPanel);
     product<kColumns>(part.count, row, 1, hidden, columns, width, copy, next, [&](int64_t r, auto& sums) {
-      for (int c = 0; c < kColumns; ++c) store(y + order[part.first + r] * width + column + c * kLanes, sums[c]);
+      const int64_t to = order[part.first + r] * width + column;
+      for (int c = 0; c < kColumns; ++c) {
+        if (outputs)
+          store(outputs + to + c * kLanes, sums[c]);
+        else
+          store(y + to + c * kLanes, sums[c]);
+      }
     });
+  }
+
+  // A token's choices times their gates, in their order.
+  void sum(int64_t token, const float* outputs) const {
+    for (int64_t i = 0; i < width; i += kLanes) {
+      Floats all{};
+      for (int64_t j = 0; j < choices; ++j) {
+        const int64_t row = token * choices + j;
+        if (has_expert(row)) all += gates[row] * load(outputs + row * width + i);
+      }
+      store(y + token * width + i, all);
+    }
   }
 };
 
 template <typename X, typename W>
-ffi::Error experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer w_in, ffi::AnyBuffer w_out,
+ffi::Error experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer gates, ffi::AnyBuffer w_in, ffi::AnyBuffer w_out,
                    ffi::AnyBuffer in_scale, ffi::AnyBuffer out_scale, ffi::Result<ffi::AnyBuffer> y) {
-  if (x.dimensions().size() != 2 || ids.dimensions().size() != 2 || w_out.dimensions().size() != 3)
-    return ffi::Error::InvalidArgument("expected x [T, D], ids [T, J], w_out [E, F, D]");
+  if (x.dimensions().size() != 2 || ids.dimensions().size() != 2 || gates.dimensions().size() != 2 ||
+      w_out.dimensions().size() != 3)
+    return ffi::Error::InvalidArgument("expected x [T, D], ids [T, J], gates [T, J] or [0, J], w_out [E, F, D]");
   const int64_t T = x.dimensions()[0], D = x.dimensions()[1], J = ids.dimensions()[1];
   const int64_t E = w_out.dimensions()[0], F = w_out.dimensions()[1];
   const int64_t scales = std::is_same_v<W, int8_t> ? E : 0;
+  const bool summed = gates.dimensions()[0] > 0;
   if (!is<X>(x, {T, D}) || !is<int32_t>(ids, {T, J}) || !is<W>(w_in, {E, D, 2 * F}) || !is<W>(w_out, {E, F, D}) ||
-      !is<float>(in_scale, {scales, 1, 2 * F}) || !is<float>(out_scale, {scales, F, 1}) || !is<X>(*y, {T, J, D}))
+      !is<float>(in_scale, {scales, 1, 2 * F}) || !is<float>(out_scale, {scales, F, 1}) || !is<float>(gates, {summed ? T : 0, J}) || !(summed ? is<X>(*y, {T, D}) : is<X>(*y, {T, J, D})))
     return ffi::Error::InvalidArgument("expected other shapes or types: see Experts");
   if (D % kWhole || F % kWholeHidden) return ffi::Error::InvalidArgument("expected D in whole multiples of 64, F of 32");
-  Experts<X, W>{data<X>(x),         data<int32_t>(ids),     data<W>(w_in), data<W>(w_out), data<float>(in_scale),
-                data<float>(out_scale), data<X>(*y), T, J, E, D, F}
+  Experts<X, W>{data<X>(x),
+                data<int32_t>(ids),
+                summed ? data<float>(gates) : nullptr,
+                data<W>(w_in),
+                data<W>(w_out),
+                data<float>(in_scale),
+                data<float>(out_scale),
+                data<X>(*y),
+                T,
+                J,
+                E,
+                D,
+                F}
       .run(pool);
   return ffi::Error::Success();
 }

@@ -17,6 +17,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(djax_experts, (experts<X, W>),
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Any>()   // x
                                   .Arg<Any>()   // ids
+                                  .Arg<Any>()   // gates
                                   .Arg<Any>()   // w_in
                                   .Arg<Any>()   // w_out
                                   .Arg<Any>()   // in_scale

@@ -62,13 +62,14 @@ inline ffi::Error peaks(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::AnyBuf
   if (!is<float>(logits, {R, V}) || !is<int32_t>(mask_id, {}) || !is<int32_t>(*other, {R}) || !is<float>(*highest, {R}) ||
       !is<float>(*of_mask_id, {R}) || !is<float>(*total, {R}) || V % (kWhole / 4) || !V)
     return ffi::Error::InvalidArgument("expected logits [R, V], V a whole multiple of 16, mask_id a scalar, results [R]");
-  in_parallel(pool, R, [&](int64_t row) {
+  const Phase rows{R, [&](int64_t row) {
     const Peak p = peak(data<float>(logits) + row * V, V, *data<int32_t>(mask_id));
     data<int32_t>(*other)[row] = p.other;
     data<float>(*highest)[row] = p.highest;
     data<float>(*of_mask_id)[row] = p.of_mask_id;
     data<float>(*total)[row] = p.total;
-  });
+  }};
+  in_parallel(pool, {rows});
   return ffi::Error::Success();
 }
 

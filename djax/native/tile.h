@@ -206,26 +206,37 @@ float* scratch(int64_t floats) {
   return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(kept.data()) + line - 1) / line * line);
 }
 
-// run(0) to run(total - 1) on this thread and on the pool's. This one waits only for what others have begun, so that a pool
-// whose threads are all busy, with handlers like this one, too, holds nobody up.
-inline void in_parallel(ffi::ThreadPool& pool, int64_t total, std::function<void(int64_t)> run) {
+// A piece of work for each number from 0 to total - 1.
+struct Phase {
+  int64_t total;
+  std::function<void(int64_t)> run;
+};
+
+// One phase after another, each whole, on this thread and on the pool's. This one waits only for what others have begun, so that
+// a pool whose threads are all busy, with handlers like this one, too, holds nobody up. Between phases nobody sleeps: waking
+// takes as long as a small phase.
+inline void in_parallel(ffi::ThreadPool& pool, std::vector<Phase> phases) {
+  constexpr int kMostPhases = 4;
   struct Work {
-    std::function<void(int64_t)> run;
-    int64_t total;
-    std::atomic<int64_t> next{0}, done{0};
+    std::vector<Phase> phases;
+    std::atomic<int64_t> next[kMostPhases] = {}, done[kMostPhases] = {};
     void take() {
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < total;) {
-        run(i);
-        done.fetch_add(1, std::memory_order_release);
+      for (size_t p = 0; p < phases.size(); ++p) {
+        const int64_t total = phases[p].total;
+        for (int64_t i; (i = next[p].fetch_add(1, std::memory_order_relaxed)) < total;) {
+          phases[p].run(i);
+          done[p].fetch_add(1, std::memory_order_release);
+        }
+        while (done[p].load(std::memory_order_acquire) < total) std::this_thread::yield();
       }
     }
   };
   auto work = std::make_shared<Work>();
-  work->run = std::move(run);
-  work->total = total;
-  for (int64_t i = 1; i < std::min<int64_t>(pool.num_threads(), total); ++i) pool.Schedule([work] { work->take(); });
+  int64_t most = 0;
+  for (const Phase& phase : phases) most = std::max(most, phase.total);
+  work->phases = std::move(phases);
+  for (int64_t i = 1; i < std::min<int64_t>(pool.num_threads(), most); ++i) pool.Schedule([work] { work->take(); });
   work->take();
-  while (work->done.load(std::memory_order_acquire) < total) std::this_thread::yield();
 }
 
 template <typename T>
