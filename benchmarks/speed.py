@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import djax
+from djax import native
 from djax.benchmarks import midsize
 from djax.benchmarks.circumstances import circumstances
 from djax.benchmarks.report import put, read_lines, write_lines
@@ -45,10 +46,21 @@ def decode(model: Any, prompt: list[int], per_step: int, **options: Any) -> Any:
 
 def step_seconds(model: Any, prompt: list[int], **options: Any) -> tuple[float, float]:
     """Seconds of a window step and of a refresh, out of two decodes that differ in their window steps alone."""
-    few, many = (decode(model, prompt, n, **options) for n in (4, 2))
+    few, many = (decode(model, prompt, n, **options) for n in (8, 2))
     windows = [out.forwards - out.refreshes for out in (few, many)]
     window = (many.timing.decode - few.timing.decode) / (windows[1] - windows[0])
     return window, (few.timing.decode - windows[0] * window) / few.refreshes
+
+
+def without_kernels(run: Callable[[], Any]) -> Any:
+    """run(), its programs made of XLA's own operations."""
+    before = os.environ.get(native.ENVIRONMENT)
+    os.environ[native.ENVIRONMENT] = "xla"
+    try:
+        return run()
+    finally:
+        del os.environ[native.ENVIRONMENT]
+        os.environ |= {native.ENVIRONMENT: before} if before else {}
 
 
 def in_turns(contenders: dict[str, Callable[[], Any]], repeats: int, note: Callable[[str], None]) -> dict[str, list[Any]]:
@@ -87,6 +99,7 @@ def windows(repeats: int, note: Callable[[str], None]) -> Iterator[dict[str, Any
         "djax bfloat16": partial(step_seconds, narrow, prompt),
         "djax float32, smoothing": partial(step_seconds, model, prompt, smoothing=djax.Smoothing()),
         "djax float32, Python loop": partial(python_loop, model, canvas),
+        "djax float32, XLA's operations alone": partial(without_kernels, partial(step_seconds, model, prompt)),
     }
     there = peers(midsize.tensors(model))
     if not there:
@@ -232,7 +245,8 @@ def growth(repeats: int, note: Callable[[str], None]) -> Iterator[dict[str, Any]
 
     def measure(canvas: int, batch: int, block: int) -> tuple[float, float]:
         prompt = [int(t) for t in np.random.default_rng(0).integers(0, 31000, canvas - 2 * block)]
-        few, many = (decode(model, [prompt] * batch, block // n, gen_length=2 * block, block_length=block)[0] for n in (2, 8))
+        paces = block // 2, max(1, block // 32)  # two forwards a block, and up to 32
+        few, many = (decode(model, [prompt] * batch, n, gen_length=2 * block, block_length=block)[0] for n in paces)
         apart = (many.forwards - many.refreshes) - (few.forwards - few.refreshes)
         window = (many.timing.decode - few.timing.decode) / apart
         return window, (few.timing.decode - (few.forwards - few.refreshes) * window) / (few.refreshes * batch)
@@ -252,8 +266,8 @@ def growth(repeats: int, note: Callable[[str], None]) -> Iterator[dict[str, Any]
 
 def experts(repeats: int, note: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """One expert layer of the mid-size model by back end and tokens, even routing and lopsided, beside products that are
-    grouped perfectly: as many rows an expert as the mean, already in place."""
-    from djax.models import moe
+    grouped perfectly: as many rows an expert as the mean, already in place, in one product of XLA's for all of them."""
+    from djax.models import expert_cpu, moe
     from djax.models.layers import gated
 
     width, count, top = midsize.HF["hidden_size"], midsize.HF["num_experts"], midsize.HF["num_experts_per_tok"]
@@ -282,12 +296,15 @@ def experts(repeats: int, note: Callable[[str], None]) -> Iterator[dict[str, Any
         x = jax.random.normal(keys[2], (tokens, width))
         even = jax.random.normal(keys[3], (width, count)) * width**-0.5
         alike = x.at[: tokens * 7 // 8].set(x[0])  # most masks of a canvas are alike, and go to the same experts
-        contenders = {
-            "grouped": layer(moe.grouped, x, moe.route(x, even, top, renormalise=False)),
-            "grouped, 7 of 8 tokens alike": layer(moe.grouped, alike, moe.route(alike, even, top, renormalise=False)),
-            "dense": layer(moe.dense, x, moe.route(x, even, top, renormalise=False)),
-            "perfectly grouped": perfectly(x),
-        }
+        routed, routed_alike = (moe.route(some, even, top, renormalise=False) for some in (x, alike))
+        contenders = {"tiles": layer(moe.grouped, x, routed), "dense": layer(moe.dense, x, routed)}
+        contenders["tiles, 7 of 8 tokens alike"] = layer(moe.grouped, alike, routed_alike)
+        if (why_not := expert_cpu.why_not(w_in.shape, x.dtype, w_in.dtype)) is None:
+            cpu = partial(moe.grouped, summed=expert_cpu.summed)
+            contenders["C++"], contenders["C++, 7 of 8 tokens alike"] = layer(cpu, x, routed), layer(cpu, alike, routed_alike)
+        else:
+            note(f"djax's own C++ is not compared: {why_not}")
+        contenders["perfectly grouped"] = perfectly(x)
         for name, times in in_turns(contenders, repeats, lambda _: None).items():
             note(f"experts, {tokens} tokens, {name}: {1e3 * statistics.median(times):.2f} ms")
             yield {"of": "experts", "tokens": tokens, "name": name, "seconds": statistics.median(times), "repeats": repeats}
@@ -347,6 +364,7 @@ def table(lines: list[dict[str, Any]]) -> str:
         ("window", _window_table),
         ("answers", _answers_table),
         ("growth", _growth_table),
+        ("experts", _experts_table),
         ("start", _start_table),
     ):
         some = [x for x in lines if x["of"] == name]

@@ -17,6 +17,7 @@ from djax.decoding import Threshold
 from djax.decoding.contract import Decoder
 from djax.errors import TripCapError
 from djax.model import Model, computing
+from djax.native import kernels_wanted
 from djax.program import Request, Rows, decode
 from djax.pytree import classes
 from djax.request import Asked, does_not_fit, prepare
@@ -145,7 +146,7 @@ def compiled(model: Model, asked: Asked, ask: Request) -> tuple[Any, float]:
     statics = dict(family=model.family, config=model.config, block=asked.block(ask), sampled=asked.sampled, traced=asked.traced)
     leaves, tree = jax.tree.flatten((model.params, ask, asked.plugs))
     kinds = tuple((np.shape(a), getattr(a, "dtype", type(a)), getattr(a, "sharding", None)) for a in leaves)
-    key = (tree, kinds, *map(classes, asked.plugs), *statics.values())
+    key = (tree, kinds, *map(classes, asked.plugs), *statics.values(), kernels_wanted())
     if key in _programs:
         _programs[key] = _programs.pop(key)
         return _programs[key], 0.0

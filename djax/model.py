@@ -18,6 +18,7 @@ from djax.checks import whole_number
 from djax.compilation import enable_cache
 from djax.errors import CanvasError, OptionError, PromptError
 from djax.models.quantized import SCALE
+from djax.native import kernels_wanted
 from djax.sharding import DATA
 
 
@@ -91,10 +92,18 @@ def computing(model: Model) -> Iterator[None]:
         yield
 
 
-@partial(jax.jit, static_argnames=("family", "config"))
+@partial(jax.jit, static_argnames=("family", "config", "kernels"))
 def _logits(
-    params: Any, tokens: jax.Array, lengths: jax.Array, block: jax.Array | None, *, family: ModuleType, config: Any
+    params: Any,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    block: jax.Array | None,
+    *,
+    family: ModuleType,
+    config: Any,
+    kernels: bool,
 ) -> jax.Array:
+    del kernels  # another program where DJAX_KERNELS has changed meanwhile
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     until = () if block is None else (None, (positions // block + 1) * block)
     x, _ = family.trunk(params, config, family.embed(params, config, tokens), positions, positions < lengths[:, None], *until)
@@ -130,4 +139,5 @@ def logits(model: Model, tokens: Any, lengths: Any = None, *, block_length: int 
             *(model.params, tokens.astype(np.int32), lengths.astype(np.int32), block_length),
             family=model.family,
             config=model.config,
+            kernels=kernels_wanted(),
         )

@@ -20,6 +20,15 @@ def pytest_configure(config):
     import jax
 
     jax.config.update("jax_numpy_rank_promotion", "raise")
+    config.addinivalue_line("markers", "cpp: needs djax's C++ functions, which need a compiler")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("cpp"):
+        from djax import native
+
+        if (why_not := native.why_not("float32")) is not None:
+            pytest.skip(f"without djax's C++ functions: {why_not}")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -26,6 +26,8 @@ MESHES = [dict(model=8), dict(model=2, data=4)]
 CREDIT = djax.Credit(djax.Threshold(0.5))
 RUNS = [
     (devices.CONFIG, MESHES, COMBINATIONS),
+    # Wide enough for djax's own C++.
+    (replace(devices.CONFIG, vocab=128, width=64, head_dim=32, expert_width=32), MESHES, COMBINATIONS[1:2] + COMBINATIONS[3:4]),
     # The other families, in sizes that eight devices divide.
     (replace(DENSE, heads=8, groups=8), MESHES[:1], [(CREDIT, djax.Vicinity(3, 5), None)]),
     (replace(LLADA2, heads=16, groups=8, experts=16), MESHES, [(CREDIT, djax.Block(), None)]),
@@ -55,7 +57,7 @@ def same_experts() -> None:
     shapes = (40, 64), (64, 16), (16, 64, 128), (16, 64, 64)
     x, router, w_in, w_out = (jax.random.normal(next(keys), shape) / 8 for shape in shapes)
     routing, valid = moe.route(x, router, 3, renormalise=False), jnp.arange(40) < 33
-    chosen = partial(moe.grouped, chosen=partial(expert_kernel.chosen, interpret=True))
+    chosen = partial(moe.grouped, summed=partial(expert_kernel.summed, interpret=True))
     for kernels in (chosen, partial(moe.dense_kernel, interpret=True)):
         with jax.set_mesh(sharding.mesh(model=8)):
             got = jax.jit(kernels)(x, routing, w_in, w_out, valid)

@@ -18,8 +18,13 @@ from djax.models.layers import rotary_angles
 INTERPRET = jax.default_backend() == "cpu"
 BATCH, WINDOW, GROUPS, HEAD_DIM, CANVAS = 2, 39, 2, 32, 100
 EPS = 1e-5
-FORMS = {"Pallas": partial(fused, eps=EPS, interpret=INTERPRET), "C++": partial(on_cpu, eps=EPS)}
-forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+forms = pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(partial(fused, eps=EPS, interpret=INTERPRET), id="Pallas"),
+        pytest.param(partial(on_cpu, eps=EPS), id="C++", marks=pytest.mark.cpp),
+    ],
+)
 
 
 def inputs(per_group, dtype, cache, seed=0, norm=True, blocks=None):
@@ -93,6 +98,7 @@ def test_the_gradient_is_the_plain_form_s(form):
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
+@pytest.mark.cpp
 def test_on_a_cpu_a_query_gets_the_same_bits_whatever_is_hidden_from_it():
     """Without the other row, on a canvas that is longer by hidden positions, and beside fewer queries, nothing changes."""
     qkv, norms, angles, valid, cached, visible, _ = inputs(2, jnp.float32, True)
@@ -107,18 +113,30 @@ def test_on_a_cpu_a_query_gets_the_same_bits_whatever_is_hidden_from_it():
     assert np.array_equal(own_k[0], k[1, :, : few * HEAD_DIM])
 
 
+@pytest.mark.cpp
 def test_a_query_that_sees_nothing_gets_a_number():
     qkv, norms, angles, valid, cached, visible, _ = inputs(1, jnp.float32, True)
     out, _, _ = on_cpu(qkv, norms, angles, valid & False, cached, visible & False, None, eps=EPS)
     assert np.array_equal(out, np.zeros_like(out))
 
 
+@forms
+def test_what_is_not_finite_stays_so(form):
+    """A model that is not finite ends in an error, not in an answer."""
+    qkv, *rest = inputs(1, jnp.float32, True)
+    spoiled = qkv.at[1, 4, 0, 0, 3].set(jnp.nan)
+    out = np.asarray(form(spoiled, *rest)[0])
+    assert np.isnan(out[1, 4, 0]).all() and np.isfinite(out[1, 4, 1]).all() and np.isfinite(out[1, 5]).all()
+
+
+@pytest.mark.cpp
 def test_widths_they_do_not_take_go_the_plain_way():
     assert suits(128) and suits(64) and not suits(80) and not suits(16)
     assert attention_cpu.why_not(96, jnp.float32) is None
     assert attention_cpu.why_not(80, jnp.float32) == "heads of width 80 are no whole multiple of 32"
 
 
+@pytest.mark.cpp
 def test_the_plain_form_can_be_chosen():
     """For whoever mistrusts the kernels."""
     code = (

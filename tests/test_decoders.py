@@ -415,6 +415,7 @@ def vocabularies():
         yield jnp.asarray(logits), jnp.int32(mask_id)
 
 
+@pytest.mark.cpp
 def test_one_visit_of_the_vocabulary_finds_what_xla_s_passes_find():
     for logits, mask_id in vocabularies():
         got, expected = _peaks_on_cpu(logits, mask_id), _plain_peaks(logits, mask_id)
@@ -423,6 +424,7 @@ def test_one_visit_of_the_vocabulary_finds_what_xla_s_passes_find():
         np.testing.assert_allclose(got.total, expected.total, rtol=2e-6)
 
 
+@pytest.mark.cpp
 def test_a_position_s_peaks_do_not_depend_on_the_others():
     for logits, mask_id in itertools.islice(vocabularies(), 8):
         together = _peaks_on_cpu(logits, mask_id)
@@ -431,6 +433,7 @@ def test_a_position_s_peaks_do_not_depend_on_the_others():
             np.testing.assert_array_equal(one, other[1:, 1:2])
 
 
+@pytest.mark.cpp
 def test_a_decode_asks_for_the_peaks_once():
     """Of a decoder and of the trace beside it."""
     logits = jnp.zeros((1, 4, 64))
@@ -441,3 +444,12 @@ def test_a_decode_asks_for_the_peaks_once():
 
     text = jax.jit(step).lower(logits).compile().as_text()
     assert text.count('custom_call_target="djax_peaks') == 1
+
+
+@pytest.mark.cpp
+def test_a_gradient_through_the_peaks():
+    for logits, mask_id in itertools.islice(vocabularies(), 4):
+        got, expected = (
+            jax.grad(lambda x, f=f, m=mask_id: jnp.sum(f(x, m).total))(logits) for f in (_peaks_on_cpu, _plain_peaks)
+        )
+        np.testing.assert_allclose(got, expected, atol=1e-5)

@@ -7,6 +7,7 @@ import pytest
 
 from djax.models import linear, quantized
 
+pytestmark = pytest.mark.cpp
 SPECS = {
     "bwd,dgsk->bwgsk": ((2, 13, 48), (48, 2, 3, 32)),
     "bwhk,hkd->bwd": ((2, 13, 3, 16), (3, 16, 128)),
@@ -58,6 +59,15 @@ def test_the_gradient_is_the_plain_form_s(wide):
         np.testing.assert_allclose(one, other, atol=1e-4)
 
 
+def test_a_gradient_through_int8_weights():
+    spec = "bwhk,hkd->bwd"
+    x, w = arrays(spec)
+    (_, held), (_, scale) = quantized.quantize(("o",), np.asarray(w))
+    held = quantized.Int8(jnp.asarray(held), jnp.asarray(scale))
+    got, expected = (jax.grad(lambda x, f=f: jnp.sum(jnp.sin(f(spec, x, held))))(x) for f in (linear.on_cpu, quantized.product))
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
 def test_a_row_has_the_same_bits_whatever_is_beside_it():
     """Up to more rows than one thread takes at a time, and more panels or fewer than threads."""
     x, w = arrays("wd,dv->wv")
@@ -74,3 +84,5 @@ def test_sizes_it_does_not_take_go_the_plain_way():
     np.testing.assert_array_equal(linear.linear("wd,dv->wv", x, w), jnp.full((3, 64), 24.0))
     with pytest.raises(AssertionError, match="dw,dv->wv"):
         linear.linear("dw,dv->wv", jnp.ones((24, 3)), w)
+    empty = jnp.ones((0, 64)), jnp.ones((64, 128))
+    assert linear.on_cpu("wd,dv->wv", *empty).shape == (0, 128)

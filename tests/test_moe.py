@@ -14,7 +14,7 @@ TOKENS, WIDTH, EXPERTS, EXPERT_WIDTH, TOP = 70, 64, 6, 64, 2
 # On a machine with a GPU the kernel itself runs.
 INTERPRET = jax.default_backend() == "cpu"
 kernel = partial(moe.grouped, summed=partial(expert_kernel.summed, interpret=INTERPRET))
-cpu_kernel = partial(moe.grouped, summed=expert_cpu.summed)
+cpu_kernel = pytest.param(partial(moe.grouped, summed=expert_cpu.summed), marks=pytest.mark.cpp)
 dense_kernel = partial(moe.dense_kernel, interpret=INTERPRET)
 
 
@@ -136,6 +136,7 @@ def test_padding_costs_the_kernel_nothing_and_is_finite():
     np.testing.assert_array_equal(nobody, 0)
 
 
+@pytest.mark.cpp
 def test_on_a_cpu_a_token_gets_the_same_bits_whatever_is_computed_beside_it():
     x, router, w_in, w_out = layer()
     weights, ids, *_ = moe.route(x, router, TOP, renormalise=False)
@@ -144,10 +145,12 @@ def test_on_a_cpu_a_token_gets_the_same_bits_whatever_is_computed_beside_it():
         assert np.array_equal(expert_cpu.summed(x[some], weights[some], ids[some], w_in, w_out), together[some])
     many = expert_cpu.summed(*(jnp.tile(a, (40, 1)) for a in (x, weights, ids)), w_in, w_out)
     assert np.array_equal(many.reshape(40, *together.shape), jnp.broadcast_to(together, (40, *together.shape)))
+    assert expert_cpu.summed(x[:0], weights[:0], ids[:0], w_in, w_out).shape == (0, WIDTH)
     nobody = expert_cpu.summed(x, weights, jnp.full_like(ids, EXPERTS), w_in, w_out)
     assert np.array_equal(nobody, jnp.zeros_like(nobody))
 
 
+@pytest.mark.cpp
 def test_more_hidden_rows_than_exist_at_a_time():
     """20,000 rows of one expert and a few of the others: 16,384 hidden rows are kept."""
     x, _, w_in, w_out = layer()
@@ -161,6 +164,7 @@ def test_more_hidden_rows_than_exist_at_a_time():
         np.testing.assert_allclose(got[some], expected, atol=2e-5 * float(jnp.max(jnp.abs(expected))))
 
 
+@pytest.mark.cpp
 def test_which_form_runs():
     def form(platform, tokens, shape):
         return moe.form(platform, tokens, jax.ShapeDtypeStruct(shape, jnp.float32), jnp.float32)

@@ -14,6 +14,7 @@ import pytest
 import djax
 from djax import native
 
+pytestmark = pytest.mark.cpp
 ASK = "import jax.numpy as jnp; from djax import native; print(native.why_not(jnp.float32))"
 
 
@@ -50,6 +51,11 @@ def test_without_a_compiler_there_is_a_reason(home):
     assert not kept(home)
 
 
+def test_settings_that_make_no_sense_are_a_reason(home):
+    assert "No closing quotation" in asked(**home, CXX="g++ '")
+    assert not kept(home)
+
+
 def test_a_compiler_that_fails_leaves_nothing(home, tmp_path):
     broken = tmp_path / "broken"
     broken.write_text("#!/bin/sh\necho 'this is no compiler' >&2\nexit 1\n")
@@ -67,11 +73,13 @@ def test_a_place_that_others_may_write_to_is_not_used(home):
     assert "others may write to it" in asked(**home)
 
 
-def test_a_library_that_is_damaged_is_a_reason_and_does_not_end_the_process(home):
+def test_a_library_that_is_damaged_is_made_anew_or_a_reason(home):
     asked(**home)
     (library,) = kept(home)
     library.write_bytes(b"\x7fELF and then nothing")
-    assert str(library) in asked(**home)
+    assert asked(**home, CXX="/nowhere/c++") == "CXX=/nowhere/c++ is not there"
+    assert asked(**home) == "None"
+    assert kept(home) == [library] and library.stat().st_size > 10_000
 
 
 def test_an_answer_without_it_is_the_same(small, home):

@@ -285,7 +285,7 @@ def test_the_loop_is_inside_and_nothing_leaves_the_device(moe_a, cache):
         assert name not in text
 
 
-@pytest.mark.parametrize(("kernels", "tiles"), [("djax", 0), ("xla", 2)])
+@pytest.mark.parametrize(("kernels", "tiles"), [pytest.param("djax", 0, marks=pytest.mark.cpp), ("xla", 2)])
 def test_lowered_for_a_gpu_the_experts_are_dense_products(moe_a, monkeypatch, kernels, tiles):
     """The back end follows the platform the program is lowered for, not the machine it is lowered on: only on a CPU without
     djax's own function a layer runs loops over expert tiles. What is left are the decode, its refreshes and its window."""

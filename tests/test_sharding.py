@@ -26,8 +26,8 @@ def test_tokens_are_equal_on_eight_devices():
         [sys.executable, "-W", "error", HERE / "on_eight_devices.py"], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
-    # LLaDA-MoE on two meshes, LLaDA on one, LLaDA2 on two.
-    assert re.findall(r"equal in (\d of \d)", done.stdout) == [f"{n} of {n}" for n in (5, 5, 1, 1, 1)]
+    # LLaDA-MoE, narrow and wide, on two meshes, LLaDA on one, LLaDA2 on two.
+    assert re.findall(r"equal in (\d of \d)", done.stdout) == [f"{n} of {n}" for n in (5, 5, 2, 2, 1, 1, 1)]
 
 
 def test_a_mesh_of_one_is_one_device(moe_a):

@@ -131,7 +131,7 @@ class Peaks(NamedTuple):
 def peaks(logits: jax.Array, mask_id: jax.Array) -> Peaks:
     """See `Peaks`. On a CPU one C++ function visits the vocabulary, where it can be had; XLA makes five passes over it."""
     vocab = logits.shape[-1]
-    if vocab % 16 or split() or native.why_not(logits.dtype) is not None:
+    if vocab % 16 or logits.dtype != jnp.float32 or split() or native.why_not(logits.dtype) is not None:
         return _plain_peaks(logits, mask_id)
     return jax.lax.platform_dependent(logits, mask_id, cpu=_peaks_on_cpu, default=_plain_peaks)
 
@@ -142,11 +142,17 @@ def _plain_peaks(logits: jax.Array, mask_id: jax.Array) -> Peaks:
     return Peaks(other, highest, of_mask_id, jnp.sum(jnp.exp(logits - top[..., None]), axis=-1))
 
 
+@jax.custom_vjp
 def _peaks_on_cpu(logits: jax.Array, mask_id: jax.Array) -> Peaks:
     flat = logits.reshape(-1, logits.shape[-1])
     whole, real = (jax.ShapeDtypeStruct((len(flat),), dtype) for dtype in (jnp.int32, jnp.float32))
     run = jax.ffi.ffi_call(native.target("djax_peaks", flat.dtype), (whole, real, real, real), vmap_method="sequential")
     return Peaks(*(a.reshape(logits.shape[:-1]) for a in run(flat, mask_id)))
+
+
+_peaks_on_cpu.defvjp(
+    lambda *arguments: (_peaks_on_cpu(*arguments), arguments), lambda saved, d: jax.vjp(_plain_peaks, *saved)[1](d)
+)
 
 
 def _two_best(logits: jax.Array, mask_id: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -35,7 +35,7 @@ def call(
     """`attention.plain`'s arguments and results. In narrower models, too, everything is float32 between qkv and the results,
     but fresh keys, which count as they are kept.
 
-    Law: a query's result is the same, bit for bit, whatever is hidden from it, however many threads there are.
+    Law: a query's result is the same, bit for bit, whatever finite is hidden from it, however many threads there are.
     """
     batch, window, groups, slots, head_dim = qkv.shape
     none = jnp.zeros((batch, groups, 0), qkv.dtype)

@@ -26,17 +26,18 @@ def why_not(shape: tuple[int, int, int], dtype: Any, held: Any) -> str | None:
 def summed(x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights) -> jax.Array:
     """Each token's sum over its chosen experts, `[T, D]`; arguments, result and gradient as `expert_tiles.summed`'s.
 
-    Everything between x and the result is float32, in narrower models, too. Law: a token's result is the same, bit for bit,
-    whichever tokens are computed with it and however many threads there are.
+    Everything between x and the result is float32, in narrower models, too; where a gradient is asked for the choices' outputs
+    are rounded. Law: a token's result is the same, bit for bit, whichever tokens are computed with it and however many threads
+    there are.
     """
 
     @jax.custom_vjp
     def run(x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights) -> jax.Array:
-        return _call(x, weights, ids, w_in, w_out)
+        return _call(x, ids, w_in, w_out, weights)
 
     def forward(x: jax.Array, weights: jax.Array, *rest: Any) -> tuple:
         # The weights' gradient wants the outputs themselves.
-        y = _call(x, jnp.zeros((0, weights.shape[1])), *rest)
+        y = _call(x, *rest)
         return expert_tiles.combine(y, weights), (y, weights, (x, *rest))
 
     def backward(saved: tuple, dy: jax.Array) -> tuple:
@@ -49,11 +50,14 @@ def summed(x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: Weights, w_ou
     return run(x, weights, ids, w_in, w_out)
 
 
-def _call(x: jax.Array, gates: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights) -> jax.Array:
-    """The sums; without gates, `[0, J]`, the outputs of each choice, `[T, J, D]`."""
+def _call(x: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights, gates: jax.Array | None = None) -> jax.Array:
+    """The sums; without gates the outputs of each choice, `[T, J, D]`."""
     _, width, both = w_in.shape
-    scales = (w_in.scale, w_out.scale) if isinstance(w_in, Int8) else (jnp.zeros((0, 1, both)), jnp.zeros((0, both // 2, 1)))
-    rows = ids.shape[: 1 if len(gates) else 2]
+    scales = tuple(jnp.zeros(shape, jnp.float32) for shape in ((0, 1, both), (0, both // 2, 1)))
+    if isinstance(w_in, Int8):
+        scales = w_in.scale, w_out.scale
+    rows = ids.shape if gates is None else ids.shape[:1]
+    gates = jnp.zeros((0, ids.shape[1]), jnp.float32) if gates is None else gates
     call = jax.ffi.ffi_call(
         native.target("djax_experts", x.dtype, values(w_in).dtype),
         jax.ShapeDtypeStruct((*rows, width), x.dtype),

@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from djax import native
 from djax.models.quantized import Int8, Weights, product, values
@@ -35,8 +36,13 @@ def on_cpu(spec: str, x: jax.Array, w: Weights, wide: bool = False) -> jax.Array
         return _call(spec, x, w, wide)
 
     def backward(saved: tuple, dy: jax.Array) -> tuple:
-        whole = partial(jnp.einsum, spec, preferred_element_type=jnp.float32 if wide else None)
-        return jax.vjp(whole, *saved)[1](dy)
+        x, w = saved
+        if isinstance(w, Int8):  # only x can move
+            nothing = jax.tree.map(
+                lambda a: np.zeros(a.shape, jax.dtypes.float0) if a.dtype == jnp.int8 else jnp.zeros_like(a), w
+            )
+            return *jax.vjp(lambda x: product(spec, x, w), x)[1](dy), nothing
+        return jax.vjp(partial(jnp.einsum, spec, preferred_element_type=jnp.float32 if wide else None), x, w)[1](dy)
 
     run.defvjp(lambda *a: (run(*a), a), backward)
     return run(x, w)
@@ -45,7 +51,7 @@ def on_cpu(spec: str, x: jax.Array, w: Weights, wide: bool = False) -> jax.Array
 def why_not(spec: str, x: jax.Array, w: Weights) -> str | None:
     """Why the function cannot be had for such a product; None where it can."""
     _, summed, outs = _sizes(spec, x.shape, w.shape)
-    if summed % 16 or outs % 64:
+    if summed % 16 or outs % 64 or not summed or not outs:
         return f"sums over {summed} and {outs} outputs are no whole multiples of 16 and 64"
     return native.why_not(x.dtype, values(w).dtype)
 
@@ -59,7 +65,7 @@ def _call(spec: str, x: jax.Array, w: Weights, wide: bool) -> jax.Array:
         jax.ShapeDtypeStruct((math.prod(rows), outs), jnp.float32 if wide else x.dtype),
         vmap_method="sequential",
     )
-    y = run(x.reshape(-1, summed), values(w).reshape(summed, outs), jnp.zeros(0) if scale is None else scale)
+    y = run(x.reshape(-1, summed), values(w).reshape(summed, outs), jnp.zeros(0, jnp.float32) if scale is None else scale)
     return y.reshape(*rows, *kept)
 
 

@@ -25,6 +25,7 @@ import jaxlib
 
 from djax.compilation import default_directory, private_directory
 from djax.errors import OptionError
+from djax.sharding import MODEL
 
 ENVIRONMENT = "DJAX_KERNELS"
 FUNCTIONS = ("djax_experts", "djax_attention", "djax_dense", "djax_peaks")
@@ -71,6 +72,10 @@ def why_not(dtype: Any, held: Any = None) -> str | None:
         return "this process computes elsewhere"
     if _portable.get():
         return "the program is to run without djax"
+    mesh = jax.sharding.get_abstract_mesh()
+    others = set(mesh.axis_names) - set(mesh.manual_axes) - {MODEL}
+    if any(mesh.shape[axis] > 1 for axis in others):
+        return "a mesh's axis that XLA splits by itself would have every device compute all"
     try:
         _library(*_types(dtype, held))
     except Unavailable as why:
@@ -108,15 +113,19 @@ def _registered(values: str, weights: str) -> str:
     sources = sorted(p for p in _SOURCE.parent.iterdir() if p.suffix in (".h", ".cpp"))
     made_of = (*(p.read_bytes() for p in sources), repr((_FLAGS, defined, jaxlib.__version__, _processor())).encode())
     key = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:24]
-    directory = default_directory().parent / "native"
-    library = directory / f"{key}.so"
+    library = Path(f"{key}.so")
     try:
-        private_directory(directory)
+        library = private_directory(default_directory().parent / "native") / library
         if not library.is_file():
             _compile(defined, library)
-        loaded = ctypes.CDLL(str(library))
+        try:
+            loaded = ctypes.CDLL(str(library))
+        except OSError:
+            # Damaged, or of another machine with the same processor and other system libraries.
+            _compile(defined, library)
+            loaded = ctypes.CDLL(str(library))
         capsules = {name: jax.ffi.pycapsule(getattr(loaded, name)) for name in FUNCTIONS}
-    except (OSError, AttributeError, OptionError) as error:
+    except (OSError, AttributeError, OptionError, RuntimeError, ValueError) as error:
         raise Unavailable(f"{library}: {error}") from None
     for name, capsule in capsules.items():
         jax.ffi.register_ffi_target(f"{name}_{key}", capsule, platform="cpu")

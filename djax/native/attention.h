@@ -48,7 +48,8 @@ struct Attention {
     }
     const int64_t columns = window * per_group, panels = (columns + kPanel - 1) / kPanel;
     const int64_t size = panels * width * kPanel;
-    float* queries = scratch<5>(batch * groups * size);
+    const Room<4> room(batch * groups * size);
+    float* queries = room.get();
     const Phase heads{batch * groups, [&](int64_t i) { prepare(i / groups, i % groups, &queries[i * size], size); }};
     const Phase attended{batch * groups * panels, [&](int64_t i) {
                            const int64_t b = i / panels / groups, g = i / panels % groups, first = i % panels * kPanel;
@@ -165,7 +166,7 @@ struct Attention {
       const int64_t w = (first + n) / per_group, r = (first + n) % per_group;
       X* to = out + ((b * window + w) * groups * per_group + g * per_group + r) * width + feature;
       const float all = total[n / kLanes][n % kLanes];
-      for (int c = 0; c < C; ++c) store(to + c * kLanes, all > 0 ? sums[c] / all : Floats{});
+      for (int c = 0; c < C; ++c) store(to + c * kLanes, all == 0 ? Floats{} : sums[c] / all);
     });
   }
 };

@@ -14,13 +14,14 @@ constexpr int64_t kMostDenseRows = 512;
 // x [M, K], w [K, N], scale [N] or null, y [M, N], in row-major order.
 template <typename X, typename W, typename Y>
 void multiply_dense(ffi::ThreadPool& pool, const X* x, const W* w, const float* scale, Y* y, int64_t M, int64_t K, int64_t N) {
+  if (!M || !N) return;
+  const Room<4> room(std::is_same_v<X, float> ? 0 : M * K);
   const float* inputs;
   if constexpr (std::is_same_v<X, float>) {
     inputs = x;
   } else {
-    float* wide = scratch<4>(M * K);
-    widen(x, M * K, wide);
-    inputs = wide;
+    widen(x, M * K, room.get());
+    inputs = room.get();
   }
   const int64_t panels = N / kPanel, threads = pool.num_threads();
   // Where there are few panels, rows are dealt out, too, but in whole tiles.

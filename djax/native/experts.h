@@ -54,18 +54,20 @@ struct Experts {
         std::memset(static_cast<void*>(y + row * width), 0, width * sizeof(X));
       }
     }
+    const Room<4> wide(std::is_same_v<X, float> ? 0 : tokens * width);
+    const Room<5> hidden_rows(std::min(total, kMostHidden + kMostRows) * hidden);
+    const Room<6> outputs_of_rows(gates ? total * width : 0);
+    float* h = hidden_rows.get();
+    float* outputs = gates ? outputs_of_rows.get() : nullptr;
     const float* inputs;
     if constexpr (std::is_same_v<X, float>) {
       inputs = x;
     } else {
-      float* wide = scratch<4>(tokens * width);
-      widen(x, tokens * width, wide);
-      inputs = wide;
+      widen(x, tokens * width, wide.get());
+      inputs = wide.get();
     }
     std::vector<Part> parts;
     int64_t rows = 0;
-    float* h = scratch<5>(std::min(total, kMostHidden + kMostRows) * hidden);
-    float* outputs = gates ? scratch<6>(total * width) : nullptr;
     auto compute = [&](bool last) {
       pass(pool, parts, order, inputs, h, outputs, last);
       parts.clear();
@@ -176,7 +178,7 @@ ffi::Error experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer ids, f
   const int64_t T = x.dimensions()[0], D = x.dimensions()[1], J = ids.dimensions()[1];
   const int64_t E = w_out.dimensions()[0], F = w_out.dimensions()[1];
   const int64_t scales = std::is_same_v<W, int8_t> ? E : 0;
-  const bool summed = gates.dimensions()[0] > 0;
+  const bool summed = y->dimensions().size() == 2;
   if (!is<X>(x, {T, D}) || !is<int32_t>(ids, {T, J}) || !is<W>(w_in, {E, D, 2 * F}) || !is<W>(w_out, {E, F, D}) ||
       !is<float>(in_scale, {scales, 1, 2 * F}) || !is<float>(out_scale, {scales, F, 1}) || !is<float>(gates, {summed ? T : 0, J}) || !(summed ? is<X>(*y, {T, D}) : is<X>(*y, {T, J, D})))
     return ffi::Error::InvalidArgument("expected other shapes or types: see Experts");

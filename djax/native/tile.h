@@ -1,7 +1,7 @@
 // Vectors, and the tile of sums in registers that every product here is made of.
 //
-// Law: a sum runs over its axis in order, in one float32 accumulator; so it does not depend, bit for bit, on what is computed
-// beside it, nor on the number of threads.
+// Law: a product's sum runs over its axis in order, in one float32 accumulator; so it does not depend, bit for bit, on what is
+// computed beside it, nor on the number of threads.
 
 #pragma once
 
@@ -22,8 +22,8 @@ namespace djax {
 
 namespace ffi = xla::ffi;
 
-// Floats of a register, and the tile of sums that is kept in registers: rows times registers of columns. Beside it there must
-// be room for as many registers of weights as it has of columns, and one for a row's value.
+// Floats of a register, and the tile of sums that is kept in registers: rows times registers of columns. Beside it there is
+// room for as many registers of weights as it has of columns, and one for a row's value; x86 without AVX has too few.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kRows = 6, kColumns = 4;
 #elif defined(__AVX__)
@@ -39,10 +39,10 @@ static_assert(kWhole % kPanel == 0);
 // How many rows of a weight matrix ahead memory is asked. A panel's rows lie far apart, which prefetchers do not follow.
 constexpr int64_t kAhead = 32;
 
-typedef float Floats __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
-typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t)), aligned(4)));
-typedef uint16_t Shorts __attribute__((vector_size(kLanes * sizeof(uint16_t)), aligned(2)));
-typedef int8_t Bytes __attribute__((vector_size(kLanes * sizeof(int8_t)), aligned(1)));
+typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
+typedef uint16_t Shorts __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+typedef int8_t Bytes __attribute__((vector_size(kLanes * sizeof(int8_t))));
 
 struct BFloat16 {
   uint16_t bits;
@@ -196,15 +196,44 @@ inline void packed_product(int64_t count, Rows rows_of, int64_t step, int64_t de
   product<C, true>(count, rows_of, step, depth, none, 0, const_cast<float*>(panel), none, put);
 }
 
-// A thread's memory, kept from call to call: `slot` tells apart what is used at the same time. Begins at a whole register.
+inline float* whole_register(float* p) {
+  const uintptr_t size = kLanes * sizeof(float);
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(p) + size - 1) / size * size);
+}
+
+// A thread's memory, kept from call to call: `slot` tells apart what is used at the same time. What was in it is lost where it
+// grows. Begins at a whole register.
 template <int slot>
 float* scratch(int64_t floats) {
-  thread_local std::vector<float> kept;
-  const size_t needed = floats + kLanes;
-  if (kept.size() < needed) kept.resize(needed);
-  const uintptr_t line = kLanes * sizeof(float);
-  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(kept.data()) + line - 1) / line * line);
+  thread_local std::unique_ptr<float[]> kept;
+  thread_local int64_t size = 0;
+  if (size < floats + kLanes) {
+    size = 0;
+    kept.reset(new float[floats + kLanes]);
+    size = floats + kLanes;
+  }
+  return whole_register(kept.get());
 }
+
+// Memory of one call: a thread's own where it is little, which saves asking for it at every layer; else given back at the end.
+template <int slot>
+class Room {
+ public:
+  explicit Room(int64_t floats) {
+    if (floats <= kMostKept) {
+      floats_ = scratch<slot>(floats);
+    } else {
+      own_.reset(new float[floats + kLanes]);
+      floats_ = whole_register(own_.get());
+    }
+  }
+  float* get() const { return floats_; }
+
+ private:
+  static constexpr int64_t kMostKept = 1 << 22;  // 16 MiB
+  std::unique_ptr<float[]> own_;
+  float* floats_;
+};
 
 // A piece of work for each number from 0 to total - 1.
 struct Phase {
@@ -220,7 +249,8 @@ inline void in_parallel(ffi::ThreadPool& pool, std::vector<Phase> phases) {
   struct Work {
     std::vector<Phase> phases;
     std::atomic<int64_t> next[kMostPhases] = {}, done[kMostPhases] = {};
-    void take() {
+    // Without memory there is no way on: what others still compute cannot be called back.
+    void take() noexcept {
       for (size_t p = 0; p < phases.size(); ++p) {
         const int64_t total = phases[p].total;
         for (int64_t i; (i = next[p].fetch_add(1, std::memory_order_relaxed)) < total;) {
