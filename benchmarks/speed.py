@@ -45,11 +45,11 @@ def decode(model: Any, prompt: list[int], per_step: int, **options: Any) -> Any:
 
 
 def step_seconds(model: Any, prompt: list[int], **options: Any) -> tuple[float, float]:
-    """Seconds of a window step and of a refresh, out of two decodes that differ in their window steps alone."""
-    few, many = (decode(model, prompt, n, **options) for n in (8, 2))
-    windows = [out.forwards - out.refreshes for out in (few, many)]
-    window = (many.timing.decode - few.timing.decode) / (windows[1] - windows[0])
-    return window, (few.timing.decode - windows[0] * window) / few.refreshes
+    """Seconds of a window step and of a refresh, out of two decodes: one of refreshes alone, a block at once, and one with the
+    window steps that everybody else takes."""
+    few, many = (decode(model, prompt, n, **options) for n in (BLOCK, 4))
+    refresh = few.timing.decode / few.refreshes
+    return (many.timing.decode - many.refreshes * refresh) / (many.forwards - many.refreshes), refresh
 
 
 def without_kernels(run: Callable[[], Any]) -> Any:
@@ -245,11 +245,10 @@ def growth(repeats: int, note: Callable[[str], None]) -> Iterator[dict[str, Any]
 
     def measure(canvas: int, batch: int, block: int) -> tuple[float, float]:
         prompt = [int(t) for t in np.random.default_rng(0).integers(0, 31000, canvas - 2 * block)]
-        paces = block // 2, max(1, block // 32)  # two forwards a block, and up to 32
+        paces = block, max(1, block // 32)  # refreshes alone, and up to 32 forwards a block
         few, many = (decode(model, [prompt] * batch, n, gen_length=2 * block, block_length=block)[0] for n in paces)
-        apart = (many.forwards - many.refreshes) - (few.forwards - few.refreshes)
-        window = (many.timing.decode - few.timing.decode) / apart
-        return window, (few.timing.decode - (few.forwards - few.refreshes) * window) / (few.refreshes * batch)
+        refresh = few.timing.decode / few.refreshes
+        return (many.timing.decode - many.refreshes * refresh) / (many.forwards - many.refreshes), refresh / batch
 
     axes = {
         "canvas": [(n, 1, 32) for n in (256, 512, 1024, 2048, 4096)],
