@@ -31,9 +31,10 @@ void multiply_dense(ffi::ThreadPool& pool, const X* x, const W* w, const float* 
     for (int c = 0; c < kColumns; ++c) columns[c] = w + i / parts * kPanel + c * kLanes;
   };
   const Phase columns{total, [&](int64_t i) {
-    const W *now[kColumns], *next[kColumns];
+    const W *now[kColumns], *next[kColumns + 1];
     columns_of(i, now);
     columns_of(std::min(i + threads, total - 1), next);
+    next[kColumns] = nullptr;
     const int64_t part = i % parts, column = i / parts * kPanel;
     const int64_t first = tiles * part / parts * kRows, end = std::min(tiles * (part + 1) / parts * kRows, M);
     auto row = [&](int64_t r) { return inputs + (first + r) * K; };

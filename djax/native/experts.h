@@ -33,9 +33,10 @@ struct Experts {
   X* y;
   int64_t tokens, choices, experts, width, hidden;
 
-  // Rows of one expert that lie together in `order`.
+  // Rows of one expert that lie together in `order`. other: an expert of few rows that comes after this one, whose weights are
+  // asked for beside the products of this one's many, or -1.
   struct Part {
-    int64_t expert, first, count;
+    int64_t expert, first, count, other;
   };
 
   bool has_expert(int64_t row) const { return ids[row] >= 0 && ids[row] < experts; }
@@ -77,7 +78,7 @@ struct Experts {
       const int64_t count = ends[e + 1] - ends[e], pieces = (count + kMostRows - 1) / kMostRows;
       for (int64_t p = 0; p < pieces; ++p) {
         const int64_t first = ends[e] + count * p / pieces, end = ends[e] + count * (p + 1) / pieces;
-        parts.push_back({e, first, end - first});
+        parts.push_back({e, first, end - first, -1});
         rows += end - first;
         if (rows >= kMostHidden) compute(false);
       }
@@ -87,37 +88,55 @@ struct Experts {
 
   // All hidden rows of some parts, then all their outputs, and after the last of them the tokens' sums. A piece of work is a
   // panel of columns of a part, or a token.
-  void pass(ffi::ThreadPool& pool, const std::vector<Part>& parts, const std::vector<int64_t>& order, const float* inputs,
+  void pass(ffi::ThreadPool& pool, std::vector<Part>& parts, const std::vector<int64_t>& order, const float* inputs,
             float* h, float* outputs, bool last) const {
     const int64_t begin = parts.empty() ? 0 : parts[0].first, count = parts.size(), threads = pool.num_threads();
+    pair(parts);
     const int64_t panels = hidden / (kHalf * kLanes);
-    auto in_columns = [&](int64_t i, const W** columns) {
-      const int64_t column = i % panels * kHalf * kLanes;
+    auto in_columns = [&](int64_t expert, int64_t column, const W** columns) {
       for (int c = 0; c < kColumns; ++c)
-        columns[c] = w_in + parts[i / panels].expert * width * 2 * hidden + column + c / kHalf * hidden + c % kHalf * kLanes;
-      return column;
+        columns[c] = w_in + expert * width * 2 * hidden + column + c / kHalf * hidden + c % kHalf * kLanes;
     };
     const Phase in{count * panels, [&](int64_t i) {
-      const W *columns[kColumns], *next[kColumns];
-      in_columns(std::min(i + threads, count * panels - 1), next);
-      const int64_t column = in_columns(i, columns);
-      into(parts[i / panels], column, columns, next, order, inputs, h - begin * hidden);
+      const W *columns[kColumns], *next[2 * kColumns] = {};
+      const int64_t soon = std::min(i + threads, count * panels - 1), column = i % panels * kHalf * kLanes;
+      const Part& part = parts[i / panels];
+      in_columns(part.expert, column, columns);
+      in_columns(parts[soon / panels].expert, soon % panels * kHalf * kLanes, next);
+      if (part.other >= 0) in_columns(part.other, column, next + kColumns);
+      into(part, column, columns, next, order, inputs, h - begin * hidden);
     }};
     const int64_t panels_out = width / kPanel;
-    auto out_columns = [&](int64_t i, const W** columns) {
-      const int64_t column = i % panels_out * kPanel;
-      for (int c = 0; c < kColumns; ++c)
-        columns[c] = w_out + parts[i / panels_out].expert * hidden * width + column + c * kLanes;
-      return column;
+    auto out_columns = [&](int64_t expert, int64_t column, const W** columns) {
+      for (int c = 0; c < kColumns; ++c) columns[c] = w_out + expert * hidden * width + column + c * kLanes;
     };
     const Phase out{count * panels_out, [&](int64_t i) {
-      const W *columns[kColumns], *next[kColumns];
-      out_columns(std::min(i + threads, count * panels_out - 1), next);
-      const int64_t column = out_columns(i, columns);
-      out_of(parts[i / panels_out], column, columns, next, order, h - begin * hidden, outputs);
+      const W *columns[kColumns], *next[2 * kColumns] = {};
+      const int64_t soon = std::min(i + threads, count * panels_out - 1), column = i % panels_out * kPanel;
+      const Part& part = parts[i / panels_out];
+      out_columns(part.expert, column, columns);
+      out_columns(parts[soon / panels_out].expert, soon % panels_out * kPanel, next);
+      if (part.other >= 0) out_columns(part.other, column, next + kColumns);
+      out_of(part, column, columns, next, order, h - begin * hidden, outputs);
     }};
     const Phase sums{gates && last ? tokens : 0, [&](int64_t t) { sum(t, outputs); }};
     in_parallel(pool, {in, out, sums});
+  }
+
+  // Put a part of few rows after each of many, as far as there are.
+  static void pair(std::vector<Part>& parts) {
+    std::vector<Part> many, few, rest;
+    for (const Part& part : parts)
+      (part.count > 2 * kColumns * kRows ? many : part.count <= 2 * kRows ? few : rest).push_back(part);
+    parts.clear();
+    for (size_t i = 0; i < std::max(many.size(), few.size()); ++i) {
+      if (i < many.size()) {
+        if (i < few.size()) many[i].other = few[i].expert;
+        parts.push_back(many[i]);
+      }
+      if (i < few.size()) parts.push_back(few[i]);
+    }
+    parts.insert(parts.end(), rest.begin(), rest.end());
   }
 
   // A panel of hidden features from `column` on: silu(gate) * up, times the second matrix' scale. h: by place in the order.

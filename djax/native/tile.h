@@ -170,21 +170,23 @@ inline void for_tiles(int64_t count, F&& f) {
 
 // A panel of a product: put(row, its sums) for `count` rows. rows_of: row -> where its values begin, which are `step` apart.
 // columns: where each register's weights begin, which are `stride` apart. copy: room for the panel. next: the columns of the
-// panel that this thread is likely to take next.
+// panel that this thread is likely to take next; and of another that it takes later, whose few rows would not hide how long it
+// takes to come, or null.
 template <int C, bool packed = false, typename W, typename Rows, typename Put>
 inline void product(int64_t count, Rows rows_of, int64_t step, int64_t depth, const W* const* columns, int64_t stride,
                     float* copy, const W* const* next, Put put) {
-  const int64_t later = (count - 1) / kRows;
-  const int shift = later >= 4 * C ? 2 : later >= 2 * C ? 1 : 0;
+  const int64_t later = (count - 1) / kRows, wanted = packed ? 0 : next[C] ? 2 * C : C;
+  const int shift = later >= 4 * wanted ? 2 : later >= 2 * wanted ? 1 : 0;
   for_tiles<packed>(count, [&](auto tile, auto reading, int64_t first) {
     constexpr int R = decltype(tile)::value;
     const float* rows[R];
     for (int r = 0; r < R; ++r) rows[r] = rows_of(first + r);
     // Lines of the next panel come while the tiles' products keep the thread busy.
     const int64_t first_line = (first / kRows - 1) * (depth >> shift);
-    const W* const* soon = packed || first_line >= C * depth ? nullptr : next;
+    const bool other = first_line >= C * depth;
+    const W* const* soon = packed || first_line >= wanted * depth ? nullptr : other ? next + C : next;
     Floats sums[R][C];
-    multiply<R, C, decltype(reading)::value>(rows, step, depth, columns, stride, copy, soon, first_line, shift, sums);
+    multiply<R, C, decltype(reading)::value>(rows, step, depth, columns, stride, copy, soon, other ? first_line - C * depth : first_line, shift, sums);
     for (int r = 0; r < R; ++r) put(first + r, sums[r]);
   });
 }
