@@ -232,7 +232,8 @@ def test_killed_at_random_moments(there, tmp_path, to):
     clear()
 
     states = Counter()
-    for _ in range(MOMENTS):
+    # More than asked for where the machine has become faster than it was measured: then most moments come too late.
+    while states.total() < MOMENTS or (states["partly written"] <= MOMENTS // 5 and states.total() < 5 * MOMENTS):
         process = start(convert, source, out, to=to)
         if rng.random() < 0.5:
             time.sleep(rng.uniform(0, seconds))
@@ -245,6 +246,7 @@ def test_killed_at_random_moments(there, tmp_path, to):
         remains = list(tmp_path.iterdir())
         if out.exists():
             states["whole"] += 1
+            seconds = before + 0.9 * (seconds - before)
             with pytest.raises(OptionError, match="already exists"):
                 convert(source, out, to=to)
         else:
