@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from djax import native
 from djax.benchmarks import hlo
 from djax.benchmarks.circumstances import circumstances
 from djax.benchmarks.report import put, write_lines
@@ -172,7 +173,8 @@ def _lower(family: Any, config: Any, mesh: Any, plugs: tuple, quantize: str | No
     traced = jax.tree.map(lambda x: value((), np.int32 if isinstance(x, int) else np.float32), plugs)
     program = partial(decode, family=family, config=config, block=block, sampled=False, traced=False)
     params = abstract(family, config, jnp.bfloat16, mesh, quantize)
-    with jax.set_mesh(mesh):
+    # As a process with GPUs traces it, which has no functions for a CPU to choose from.
+    with jax.set_mesh(mesh), native.portable():
         return jax.jit(program).lower(params, ask, *traced)
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from djax import native
 from djax.caching.contract import Policy, appends
 from djax.decoding.contract import Decoder, Tick, edits, post_steps, probability
 from djax.models.layers import Cache
@@ -124,7 +125,9 @@ def _without_early_eos(logits: jax.Array, early: jax.Array, eos_id: int) -> jax.
         return jnp.where(early[..., None] & is_eos, NEVER, logits)
 
     # A GPU reads the logits through this, and writes none of it; a CPU would write all of them again.
-    return everywhere(logits) if split() else jax.lax.platform_dependent(logits, cpu=one_column, default=everywhere)
+    if split() or native.why_not(logits.dtype) is not None:
+        return everywhere(logits)
+    return jax.lax.platform_dependent(logits, cpu=one_column, default=everywhere)
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:

@@ -25,7 +25,7 @@ ALLOWED = {
     "djax/source.py": ("errors", "text", "convert", "models"),
     "djax/sharding.py": ("errors", "checks"),
     "djax/model.py": ("errors", "checks", "compilation", "models.quantized", "native", "sharding"),
-    "djax/program.py": ("caching.contract", "decoding.contract", "models.layers", "sharding", "smoothing", "trace"),
+    "djax/program.py": ("caching.contract", "decoding.contract", "models.layers", "native", "sharding", "smoothing", "trace"),
     "djax/checkpoint.py": ("errors", "convert", "directories", "model", "models.quantized", "sharding", "source"),
     "djax/conversion.py": ("errors", "convert", "checkpoint", "directories", "source"),
     "djax/request.py": (
