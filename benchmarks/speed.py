@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -59,13 +60,8 @@ def apart(few: Any, many: Any) -> tuple[float, float]:
 
 def without_kernels(run: Callable[[], Any]) -> Any:
     """run(), its programs made of XLA's own operations."""
-    before = os.environ.get(native.ENVIRONMENT)
-    os.environ[native.ENVIRONMENT] = "xla"
-    try:
+    with mock.patch.dict(os.environ, {native.ENVIRONMENT: "xla"}):
         return run()
-    finally:
-        del os.environ[native.ENVIRONMENT]
-        os.environ |= {native.ENVIRONMENT: before} if before else {}
 
 
 def in_turns(contenders: dict[str, Callable[[], Any]], repeats: int, note: Callable[[str], None]) -> dict[str, list[Any]]:

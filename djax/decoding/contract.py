@@ -100,7 +100,8 @@ def candidates(
     is a candidate: such a model ends at the cap on turns with an error, not with an answer.
     """
     if key is None:
-        other, highest, of_mask_id, total = peaks(logits, tick.mask_id)
+        found = peaks(logits, tick.mask_id)
+        other, highest, of_mask_id, _ = found
     else:
         noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:], logits.dtype))(key)
         other, highest, of_mask_id = _two_best(logits + tick.temperature * noise, tick.mask_id)
@@ -111,8 +112,7 @@ def candidates(
     tokens = jnp.where(takes_mask, tick.mask_id, other)
     if key is None:
         # The chosen token's logit is at hand.
-        chosen = jnp.where(takes_mask, of_mask_id, highest)
-        confidence = jnp.exp(chosen - jnp.maximum(highest, of_mask_id)) / total
+        confidence = found.share(jnp.where(takes_mask, of_mask_id, highest))
     else:
         confidence = probability(logits, tokens, tick.mask_id)
     return tokens, confidence, (candidate | (masked & stuck)) & ~jnp.isnan(confidence)
@@ -126,6 +126,10 @@ class Peaks(NamedTuple):
     highest: jax.Array
     of_mask_id: jax.Array
     total: jax.Array
+
+    def share(self, chosen: jax.Array) -> jax.Array:
+        """exp(chosen logit) of the sum of all exponentials."""
+        return jnp.exp(chosen - jnp.maximum(self.highest, self.of_mask_id)) / self.total
 
 
 def peaks(logits: jax.Array, mask_id: jax.Array) -> Peaks:
@@ -190,9 +194,7 @@ def probability(logits: jax.Array, tokens: jax.Array, mask_id: jax.Array) -> jax
 
     By the `peaks` that `candidates` asks for: beside a decoder that does, XLA then sums the exponentials once.
     """
-    _, highest, of_mask_id, total = peaks(logits, mask_id)
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return jnp.exp(chosen - jnp.maximum(highest, of_mask_id)) / total
+    return peaks(logits, mask_id).share(jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0])
 
 
 def _share(chosen: jax.Array, logits: jax.Array, top: jax.Array) -> jax.Array:

@@ -16,13 +16,7 @@ template <typename X, typename W, typename Y>
 void multiply_dense(ffi::ThreadPool& pool, const X* x, const W* w, const float* scale, Y* y, int64_t M, int64_t K, int64_t N) {
   if (!M || !N) return;
   const Room<4> room(std::is_same_v<X, float> ? 0 : M * K);
-  const float* inputs;
-  if constexpr (std::is_same_v<X, float>) {
-    inputs = x;
-  } else {
-    widen(x, M * K, room.get());
-    inputs = room.get();
-  }
+  const float* inputs = widened(x, M * K, room);
   const int64_t panels = N / kPanel, threads = pool.num_threads();
   // Where there are few panels, rows are dealt out, too, but in whole tiles.
   const int64_t wanted = std::max((M + kMostDenseRows - 1) / kMostDenseRows, (4 * threads + panels - 1) / panels);

@@ -60,13 +60,7 @@ struct Experts {
     const Room<6> outputs_of_rows(gates ? total * width : 0);
     float* h = hidden_rows.get();
     float* outputs = gates ? outputs_of_rows.get() : nullptr;
-    const float* inputs;
-    if constexpr (std::is_same_v<X, float>) {
-      inputs = x;
-    } else {
-      widen(x, tokens * width, wide.get());
-      inputs = wide.get();
-    }
+    const float* inputs = widened(x, tokens * width, wide);
     std::vector<Part> parts;
     int64_t rows = 0;
     auto compute = [&](bool last) {

@@ -237,6 +237,17 @@ class Room {
   float* floats_;
 };
 
+// n values, a whole number of registers, as float32: where they are, if they are that already, else in the room for them.
+template <typename T, int slot>
+const float* widened(const T* values, int64_t n, const Room<slot>& room) {
+  if constexpr (std::is_same_v<T, float>) {
+    return values;
+  } else {
+    widen(values, n, room.get());
+    return room.get();
+  }
+}
+
 // A piece of work for each number from 0 to total - 1.
 struct Phase {
   int64_t total;
