@@ -17,6 +17,7 @@ from djax.directories import free, new_directory
 from djax.errors import OptionError
 from djax.generate import ask, compiled
 from djax.model import Model, computing
+from djax.process import with_own_settings
 from djax.program import Request, Rows, decode
 from djax.request import Asked
 
@@ -27,6 +28,7 @@ _RESULTS = ("tokens", "active", "forwards", "refreshes", "positions")
 _UNPROMISED = ("__gpu$xla.gpu.triton", "LayoutConstraint")
 
 
+@with_own_settings
 def compile(model: Model, *, prompt_length: int = 64, rows: int = 1, **options: Any) -> tuple[int, float]:
     """Compile the program that `djax.generate(model, prompts, **options)` would run for `rows` prompts of up to
     `prompt_length` tokens, and keep it: in this process, and in the compile cache for the next.
@@ -39,6 +41,7 @@ def compile(model: Model, *, prompt_length: int = 64, rows: int = 1, **options: 
     return asked.asks[0].tokens.shape[1], compiled(model, asked, asked.asks[0])[1]
 
 
+@with_own_settings
 def export_program(
     model: Model,
     directory: str | os.PathLike,

@@ -23,11 +23,13 @@ from djax.convert import orbax_files, rules, safetensors_files
 from djax.directories import new_directory
 from djax.errors import CheckpointError, OptionError
 from djax.model import Model
+from djax.process import refuse_transfer_guard, with_own_settings
 from djax.source import DTYPES, MANIFEST, ORBAX, Source, kinds, name_of, opened, shapes, written
 
 NOT_FINITE = ("warn", "refuse", "allow")
 
 
+@with_own_settings
 def load(
     path: str | os.PathLike | None = None,
     *,
@@ -142,6 +144,7 @@ def hf_names(family: ModuleType, config: Any) -> list[str]:
     return list(dict.fromkeys(rule.source for rule in written(family, config)))
 
 
+@with_own_settings
 def save(model: Model, directory: str | os.PathLike) -> None:
     """Write an Orbax checkpoint that `load` restores: parameters, config, tokenizer and a manifest.
 
@@ -180,10 +183,12 @@ def _restore(source: Source, mesh: Mesh | None) -> Any:
     try:
         params = orbax_files.restore(source.directory / ORBAX, traverse_util.unflatten_dict(saved))
     except Exception as error:  # Orbax raises many kinds for a damaged directory; all mean the same to a user
+        refuse_transfer_guard(error)
         raise CheckpointError(f"{source.directory}: the Orbax checkpoint cannot be restored: {error}") from error
     return jax.tree.map(lambda a, leaf: a.astype(leaf.dtype), params, traverse_util.unflatten_dict(source.shapes))
 
 
+@with_own_settings
 def export_hf(model: Model, directory: str | os.PathLike, *, dtype: str | None = None) -> None:
     """Write the model in HF layout: config.json, tokenizer, safetensors (in shards with an index from 5 GB on).
 

@@ -20,6 +20,7 @@ from djax.convert import orbax_files, rules, safetensors_files
 from djax.convert.safetensors_files import TensorFiles
 from djax.directories import free, new_directory
 from djax.errors import CheckpointError, OptionError
+from djax.process import with_own_settings
 from djax.source import ORBAX, Source, kinds, name_of, opened, written
 
 LAYOUTS = ("orbax", "hf")
@@ -44,6 +45,7 @@ class Report:
     verified: bool
 
 
+@with_own_settings
 def convert(
     source: str | os.PathLike,
     out: str | os.PathLike,

@@ -15,6 +15,7 @@ from djax import native
 from djax.caching.contract import Policy, appends
 from djax.decoding.contract import Decoder, Tick, edits, post_steps, probability
 from djax.models.layers import Cache
+from djax.process import make_key
 from djax.sharding import split
 from djax.smoothing import Smoothing
 from djax.trace import Record
@@ -149,7 +150,7 @@ def _decode_block(
     before = _take(rows.tokens, at)
     masked = (before == tick.mask_id) & here
     # The key depends on the row's own seed and counter, not on its place in the batch.
-    key = jax.vmap(lambda s, f: jax.random.fold_in(jax.random.key(s), f))(ask.seed, rows.forwards) if sampled else None
+    key = jax.vmap(lambda s, f: jax.random.fold_in(make_key(s), f))(ask.seed, rows.forwards) if sampled else None
     state, tokens, accept = decoder.step(rows.decoder, logits, masked, tick, key)
     editing = rows.editing
     if editing:

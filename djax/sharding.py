@@ -9,18 +9,21 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from djax.checks import whole_number
 from djax.errors import OptionError
+from djax.process import with_own_settings
 
 DATA, MODEL = AXES = ("data", "model")
 # Logical axes of parameters, as the families name them, to axes of the mesh. What is not here is on every device.
 RULES = {"vocab": MODEL, "heads": MODEL, "expert": MODEL, "mlp": MODEL}
 
 
+@with_own_settings
 def mesh(model: int = 1, data: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of data x model devices, for `djax.load(path, mesh=...)`.
 
@@ -41,6 +44,15 @@ def mesh(model: int = 1, data: int = 1, devices: Sequence[Any] | None = None) ->
 def split() -> bool:
     """Whether a mesh is set whose model axis splits anything; a caller's own mesh, with other axes, is none of ours."""
     return jax.sharding.get_abstract_mesh().shape.get(MODEL, 1) > 1
+
+
+def dtype_of_sums(dtype: Any) -> Any:
+    """The dtype in which a `shard_map` adds values of this one over devices.
+
+    Float32 on a CPU. XLA's CPU compiler aborts the process on a bfloat16 sum that a `shard_map` with automatic axes makes:
+    it promotes such sums, and cannot clone the copy that their region then ends with.
+    """
+    return jnp.promote_types(dtype, jnp.float32) if jax.default_backend() == "cpu" else dtype
 
 
 def check(given: Any) -> Mesh:

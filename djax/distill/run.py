@@ -21,6 +21,7 @@ from djax.distill.trainer import Recipe, train
 from djax.errors import OptionError, TraceError
 from djax.generate import generate
 from djax.model import Model
+from djax.process import with_own_settings
 from djax.training import problems as word_problems
 from djax.training.evaluate import Report, answered, report
 
@@ -88,6 +89,7 @@ def generated(problems: Sequence[word_problems.Problem]) -> list[Problem]:
     return [{"prompt": p.question, "result": p.result} for p in problems]
 
 
+@with_own_settings
 def judge(
     model: Model,
     problems: Sequence[Problem],
@@ -147,6 +149,7 @@ def recorded(
     return kept, facts
 
 
+@with_own_settings
 def distil(
     model: Model,
     run: Distillation,
