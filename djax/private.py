@@ -118,12 +118,15 @@ def read_private(file: Path, at_most: int) -> bytes | None:
         if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO):  # a link (EMLINK: BSD) or a socket
             return None
         raise
-    with os.fdopen(handle, "rb") as opened:
+    try:
         info = os.fstat(handle)
         private = info.st_uid == os.geteuid() and not info.st_mode & _OTHERS_WRITE
         if not private or not stat.S_ISREG(info.st_mode) or info.st_size > at_most:
             return None
-        return opened.read(at_most)
+        with open(handle, "rb", closefd=False) as opened:
+            return opened.read(at_most)
+    finally:
+        os.close(handle)
 
 
 def _walk(path: Path, argument: str, again: str) -> Path:

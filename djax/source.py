@@ -142,8 +142,10 @@ def find(path: str | os.PathLike | None) -> Path:
 
 def _fetch(name: str) -> Path:
     """A hub model's files that djax reads, in the hub's own cache; without a network, as they lie there. None is code."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
+    if constants.HF_HUB_CACHE.startswith("~"):  # it would become a directory of that name here
+        raise PathError(f"{name}: no such directory, and no home directory for the hub's cache; set HF_HOME to a directory")
     # At the top only: repositories keep the same weights for other programs in folders.
     wanted = dict(allow_patterns=["*.json", "*.safetensors", "*.jinja"], ignore_patterns=["*/*"])
     try:
