@@ -1,4 +1,4 @@
-"""Files that djax executes later: nobody else's, nothing damaged, and a compiler that cannot outstay its welcome."""
+"""Files that djax executes later: none of other users, none damaged; and compilers that end."""
 
 import itertools
 import os
@@ -33,7 +33,7 @@ def run(*command, **options):
 
 
 def gone(process):
-    """Whether a process is no more, or is dead and only nobody has asked."""
+    """Whether a process has ended, reaped or not."""
     for _ in range(100):
         try:
             if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
@@ -396,13 +396,13 @@ def test_a_planted_library_is_not_loaded_but_made_anew(how, evil, kept, copying)
 
 @needs_compiler
 def test_a_directory_in_its_place_is_not_in_the_way(kept, copying):
-    kept.mkdir()
-    assert native._read(kept) is None and native._make((), kept)
+    (kept / "folder").mkdir(parents=True)
+    assert native._read(kept) is None and native._make((), kept) and native._read(kept)
 
 
 @needs_compiler
 def test_a_checksum_is_of_what_is_loaded(evil, good, kept):
-    """However often the file is replaced between the check and the loading."""
+    """Also while the file is being replaced, between the check and the load."""
     data, mark = evil
     (kept.parent / "a").write_bytes(whole(kept, good))
     (kept.parent / "b").write_bytes(data)
@@ -461,7 +461,7 @@ def test_without_memory_files_a_private_copy_is_loaded(evil, good, lacking, kept
 
 @needs_compiler
 def test_two_libraries_are_two(workshop):
-    """Although the numbers of handles come back."""
+    """Although both are loaded through the same file descriptor's number."""
     for number in range(3):
         code = f'extern "C" int number() {{ return {number}; }}'
         assert native._load_from_memory(library(workshop, f"number{number}", code)).number() == number
@@ -516,7 +516,7 @@ def test_many_at_once(kept, copying):
 
 @needs_compiler
 def test_whole_processes_with_a_planted_library(evil, tmp_path, monkeypatch):
-    """Several that ask for the real library together, compiled by who had it already."""
+    """Several that ask for the real library at once, from a compiler that copies it."""
     data, mark = evil
     place = private_directory(tmp_path / "cache" / "djax" / "native")
     key = native._library("float", "float")
@@ -595,7 +595,7 @@ def test_a_compiler_s_children_do_not_survive_it(kept, tmp_path, monkeypatch):
     began = time.monotonic()
     assert "took more than 1 seconds" in refused(kept)
     assert time.monotonic() - began < 20 and gone(int(child.read_text()))
-    # Silent ones, and one that closes what it would be heard by.
+    # Silent ones: one with stderr open, one that closed it.
     for commands in ("sleep 1000", "exec 2>&-; sleep 1000"):
         monkeypatch.setenv("CXX", compiler(tmp_path, commands))
         assert "took more than 1 seconds" in refused(kept)

@@ -139,14 +139,14 @@ def _registered(values: str, weights: str) -> str:
 
 
 def _read(library: Path) -> dict[str, Any] | None:
-    """The functions of a kept library; None if there is none, or one that is not what was kept or does not load."""
-    data = read_private(library, _LARGEST)
-    if data is None or data[-_DIGEST:] != _digest(library, data[:-_DIGEST]):
-        return None
+    """The functions of a kept library; None if there is none, or if it is damaged or does not load."""
     try:
+        data = read_private(library, _LARGEST)
+        if data is None or data[-_DIGEST:] != _digest(library, data[:-_DIGEST]):
+            return None
         return _load(data[:-_DIGEST], library.parent)
     except (OSError, AttributeError):
-        # Of another machine with the same processor and other system libraries.
+        # Not readable, or of another machine with the same processor and other system libraries.
         return None
 
 
@@ -157,14 +157,16 @@ def _make(defined: tuple[str, ...], library: Path) -> dict[str, Any]:
         functions = _load(made, library.parent)
     except (OSError, AttributeError) as error:
         raise Unavailable(f"the compiler's library for {_SOURCE.name} does not load: {_in_a_line(str(error))}") from None
-    # A full disk is no reason to do without: the next process compiles again.
+    # Usable although the disk is full: the next process compiles again.
     with contextlib.suppress(OSError):
+        if library.is_dir() and not library.is_symlink():
+            shutil.rmtree(library)  # a file cannot replace it
         files.write(library, made + _digest(library, made), mode=0o600)
     return functions
 
 
 def _digest(library: Path, made: bytes) -> bytes:
-    """Of the bytes and of the name, so that no library is taken for another one."""
+    """SHA-256 of name and bytes: a library renamed to another's name does not pass either."""
     return hashlib.sha256(library.name.encode() + b"\0" + made).digest()
 
 
@@ -188,8 +190,8 @@ def _load_from_memory(made: bytes) -> ctypes.CDLL:
     with os.fdopen(handle, "wb") as memory:
         memory.write(made)
         memory.flush()
-        # The slashes make each path a new one: glibc takes a path it has seen for the library it has loaded from there,
-        # and the numbers of handles come back.
+        # The slashes make each path a new one: descriptor numbers are reused, and for a path that
+        # glibc has seen it returns the library it loaded from there.
         return ctypes.CDLL(f"/proc/self/fd{'/' * next(_loads)}{handle}")
 
 
@@ -220,7 +222,7 @@ def _run(command: list[str], scratch: str) -> tuple[int, str]:
 
     It may neither read what was meant for djax, nor take more than `_SECONDS`, nor leave processes behind.
     """
-    # An empty entry of CPATH or LIBRARY_PATH is the current directory, whose files may be anybody's.
+    # An empty entry of CPATH or LIBRARY_PATH means the current directory, where others may write.
     options = dict(cwd=scratch, env=os.environ | {"TMPDIR": scratch}, start_new_session=True)
     pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, bufsize=0)
     with subprocess.Popen(command, **options, **pipes) as process:
@@ -257,7 +259,7 @@ def _listen(process: subprocess.Popen, deadline: float) -> bytes:
 
 
 def _remove_abandoned(directory: Path) -> None:
-    """Scratch that killed processes left. Everything whose name begins with a dot is ours."""
+    """Remove what killed processes left: all old files here whose names begin with a dot."""
     for left in directory.glob(".*"):
         with contextlib.suppress(OSError):
             if time.time() - left.lstat().st_mtime > _ABANDONED:
@@ -265,7 +267,7 @@ def _remove_abandoned(directory: Path) -> None:
 
 
 def _in_a_line(text: str) -> str:
-    """A compiler's words, shortened, without what a terminal would obey."""
+    """A compiler's message on one line, shortened, without control characters."""
     text = "".join(letter if letter.isprintable() else " " for letter in text)
     return text if len(text) <= 300 else f"{text[:300]}..."
 
