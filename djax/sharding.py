@@ -23,6 +23,21 @@ DATA, MODEL = AXES = ("data", "model")
 RULES = {"vocab": MODEL, "heads": MODEL, "expert": MODEL, "mlp": MODEL}
 
 
+def find_devices() -> list[Any]:
+    """jax's devices. Raises `OptionError` if jax is set to platforms that are not there."""
+    try:
+        return jax.devices()
+    except (AssertionError, RuntimeError) as error:
+        # jax asserts that it has a default device, and has none if the only platform is a GPU's that it does not see.
+        wish = jax.config.jax_platforms
+        reason = " ".join(str(error).split()) or "it sees no such device"
+        raise OptionError(
+            f"JAX_PLATFORMS={wish or ''}: expected platforms that jax finds on this machine ({reason}); for an NVIDIA GPU "
+            "install djax[cuda12] and a driver (nvidia-smi must list the GPU); JAX_PLATFORMS=cpu computes on the CPU, and "
+            "without the variable jax takes what there is"
+        ) from None
+
+
 @with_own_settings
 def mesh(model: int = 1, data: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of data x model devices, for `djax.load(path, mesh=...)`.
@@ -32,7 +47,7 @@ def mesh(model: int = 1, data: int = 1, devices: Sequence[Any] | None = None) ->
     devices: which; by default jax's first ones. Raises `OptionError` if there are too few.
     """
     model, data = whole_number(model, "model", at_least=1), whole_number(data, "data", at_least=1)
-    there = jax.devices() if devices is None else list(devices)
+    there = find_devices() if devices is None else list(devices)
     if model * data > len(there):
         raise OptionError(
             f"mesh: data={data} times model={model} takes {model * data} devices, there are {len(there)} "

@@ -20,8 +20,10 @@ from flax import traverse_util
 from djax import text
 from djax.convert import TABLES, orbax_files, rules
 from djax.convert.safetensors_files import READ, TensorFiles, inside, read_json
-from djax.errors import CheckpointError, PathError, UnsupportedModelError
+from djax.errors import CheckpointError, OptionError, PathError, UnsupportedModelError
+from djax.files import expand_home
 from djax.models import FAMILIES
+from djax.sharding import find_devices
 
 SHIPPED = Path(__file__).parent / "small"
 # Others that ship, by name.
@@ -111,8 +113,10 @@ class Source:
 def opened(path: str | os.PathLike | None, dtype: str | None = None, examine: Examine | None = None) -> Iterator[Source]:
     """The checkpoint at a path, or the small model's. examine: called with each HF tensor as it is read, whole.
 
-    Raises `PathError`, `CheckpointError` (with all that is wrong) or `UnsupportedModelError`.
+    Raises `PathError`, `CheckpointError` (with all that is wrong), `UnsupportedModelError`, or
+    `OptionError` if jax has no devices.
     """
+    find_devices()  # also shapes are traced on one: before anything is fetched
     source = Source(find(path), dtype, examine)
     try:
         yield source
@@ -122,7 +126,10 @@ def opened(path: str | os.PathLike | None, dtype: str | None = None, examine: Ex
 
 def find(path: str | os.PathLike | None) -> Path:
     """The directory of a checkpoint: as it is, or fetched from the hub. Raises `PathError`."""
-    directory = SHIPPED if path is None else Path(path).expanduser()
+    try:
+        directory = SHIPPED if path is None else expand_home(path)
+    except OptionError as error:
+        raise PathError(str(error)) from None
     if not directory.exists():
         directory = NAMED.get(str(path), directory)
     if not directory.exists() and _HUB_ID.fullmatch(str(path)):
@@ -135,8 +142,10 @@ def find(path: str | os.PathLike | None) -> Path:
 
 def _fetch(name: str) -> Path:
     """A hub model's files that djax reads, in the hub's own cache; without a network, as they lie there. None is code."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
+    if constants.HF_HUB_CACHE.startswith("~"):  # it would become a directory of that name here
+        raise PathError(f"{name}: no such directory, and no home directory for the hub's cache; set HF_HOME to a directory")
     # At the top only: repositories keep the same weights for other programs in folders.
     wanted = dict(allow_patterns=["*.json", "*.safetensors", "*.jinja"], ignore_patterns=["*/*"])
     try:

@@ -41,6 +41,14 @@ def pytest_configure(config):
     os.environ["DJAX_COMPILE_CACHE"] = str(cache)
     import jax
 
+    from djax.errors import OptionError
+    from djax.private import default_directory, private_directory
+
+    try:
+        private_directory(cache)
+    except OptionError:
+        # A checkout that others may write to, or somebody else's.
+        os.environ["DJAX_COMPILE_CACHE"] = str(default_directory() / "tests")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     config.addinivalue_line("markers", "cpp: needs djax's C++ functions, which need a compiler")
 

@@ -11,9 +11,11 @@ ALLOWED = {
     "djax/errors.py": (),
     "djax/checks.py": ("errors",),
     "djax/pytree.py": (),
-    "djax/compilation.py": ("errors",),
+    "djax/files.py": ("errors",),
+    "djax/private.py": ("errors",),
+    "djax/compilation.py": ("errors", "private"),
     "djax/text.py": ("errors",),
-    "djax/native": ("errors", "compilation", "sharding"),
+    "djax/native": ("errors", "files", "private", "sharding"),
     "djax/models": ("errors", "models", "native", "sharding"),
     "djax/decoding": ("errors", "checks", "pytree", "native", "sharding", "decoding"),
     "djax/caching": ("checks", "pytree", "caching", "decoding.contract"),
@@ -21,13 +23,13 @@ ALLOWED = {
     "djax/trace.py": (),
     "djax/plugs.py": ("errors",),
     "convert": ("errors", "convert", "models.layers"),
-    "djax/directories.py": ("errors",),
-    "djax/source.py": ("errors", "text", "convert", "models"),
+    "djax/directories.py": ("errors", "files"),
+    "djax/source.py": ("errors", "files", "text", "convert", "models", "sharding"),
     "djax/sharding.py": ("errors", "checks"),
     "djax/model.py": ("errors", "checks", "compilation", "models.quantized", "native", "sharding"),
     "djax/program.py": ("caching.contract", "decoding.contract", "models.layers", "native", "sharding", "smoothing", "trace"),
     "djax/checkpoint.py": ("errors", "convert", "directories", "model", "models.quantized", "sharding", "source"),
-    "djax/conversion.py": ("errors", "convert", "checkpoint", "directories", "source"),
+    "djax/conversion.py": ("errors", "files", "convert", "checkpoint", "directories", "source"),
     "djax/request.py": (
         *("errors", "checks", "text", "plugs", "model", "program"),
         *("caching", "decoding", "smoothing"),
@@ -42,9 +44,9 @@ ALLOWED = {
     "djax/pictures": ("errors", "pictures"),
     "djax/distill": (
         *("errors", "checks", "compilation", "plugs", "pytree", "caching", "decoding", "smoothing", "model", "generate"),
-        *("checkpoint", "sharding", "source", "training", "distill"),
+        *("checkpoint", "files", "sharding", "source", "training", "distill"),
     ),
-    "djax/training": (*("errors", "compilation", "text", "models", "model", "checkpoint", "generate", "training"),),
+    "djax/training": (*("errors", "compilation", "text", "models", "model", "checkpoint", "generate", "sharding", "training"),),
 }
 
 

@@ -19,6 +19,7 @@ from djax.distill.settings import Settings
 from djax.distill.store import Problem, Trajectory, write
 from djax.distill.trainer import Recipe, train
 from djax.errors import OptionError, TraceError
+from djax.files import expand_home
 from djax.generate import generate
 from djax.model import Model
 from djax.process import with_own_settings
@@ -169,7 +170,7 @@ def distil(
     training/ (`train`) and facts.json. Raises `OptionError` if it holds a finished run, and what `record`, `verify.keep` and
     `train` raise.
     """
-    directory = Path(directory).expanduser()
+    directory = expand_home(directory)
     if (directory / "model").exists():
         raise OptionError(f"{directory / 'model'}: this run is finished; choose another directory or remove it")
     if problems is None:

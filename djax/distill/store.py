@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from djax.errors import TraceError
+from djax.files import expand_home
 from djax.model import Model
 from djax.source import name_of
 
@@ -110,7 +111,7 @@ class Store:
     """
 
     def __init__(self, directory: str | os.PathLike) -> None:
-        self.directory = Path(directory).expanduser()
+        self.directory = expand_home(directory)
         try:
             self.manifest = json.loads((self.directory / MANIFEST).read_text())
             kind, self.settings = self.manifest["format"], dict(self.manifest["settings"])
@@ -126,7 +127,7 @@ class Store:
     @classmethod
     def create(cls, directory: str | os.PathLike, model: Model, settings: Mapping[str, Any]) -> "Store":
         """Open the store, or begin one, of this model and these settings (JSON values)."""
-        path = Path(directory).expanduser()
+        path = expand_home(directory)
         if not (path / MANIFEST).exists():
             try:
                 path.mkdir(parents=True, exist_ok=True)

@@ -31,6 +31,7 @@ from djax.distill.lora import Lora
 from djax.distill.objectives import Compression, Row
 from djax.distill.store import Trajectory, checksum, write
 from djax.errors import DjaxError, OptionError, TrainingError
+from djax.files import expand_home
 from djax.model import Model, computing
 from djax.process import make_key, with_own_settings
 from djax.sharding import DATA
@@ -334,7 +335,7 @@ def train(
             f"Recipe(rows={recipe.rows}): expected a multiple of accumulate={recipe.accumulate} "
             f"times the mesh's data={model.parts}"
         )
-    directory = Path(directory).expanduser()
+    directory = expand_home(directory)
     _same_run(directory, model, examples, recipe)
     state, frozen = _begin(model, recipe)
     places = None if model.mesh is None else jax.tree.map(lambda a: a.sharding, state)

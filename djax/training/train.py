@@ -20,6 +20,7 @@ from djax.errors import OptionError
 from djax.model import Model
 from djax.models import FAMILIES
 from djax.process import make_key, with_own_settings
+from djax.sharding import find_devices
 from djax.training import data, objective, tokenizer
 
 
@@ -134,6 +135,7 @@ def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 
 
     if (directory / "model").exists():
         raise OptionError(f"{directory / 'model'}: this run is finished; choose another directory or remove it")
+    find_devices()  # before anything is written
     enable_cache()
     directory.mkdir(parents=True, exist_ok=True)
     record, described = directory / "run.json", json.dumps(dataclasses.asdict(run), indent=1)
