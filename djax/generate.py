@@ -41,8 +41,10 @@ class Generation:
     """One answer.
 
     text:      the decoded tokens; None if the model has no tokenizer.
-    tokens:    int32 `[n]`, generated ids up to, not including, the first EOS. Prompt tokens never count.
-    canvas:    int32 `[P + gen_length]`, the sequence as the program left it; after an early stop the rest is EOS.
+    tokens:    int32 `[n]`, generated ids up to, not including, the first EOS (any of the checkpoint's). Prompt tokens never
+               count.
+    canvas:    int32 `[P + gen_length]`, the sequence as the program left it; after an early stop the rest is EOS, the first
+               that the checkpoint names.
     prompt_length: P, where the generated part of the canvas begins.
     forwards:  network forwards this row took part in, window and whole-canvas alike.
     refreshes: how many of them refilled the cache.
@@ -181,7 +183,7 @@ def _run(model: Model, asked: Asked, ask: Request) -> list[Generation]:
 def _generation(model: Model, rows: Rows, ask: Request, b: int, timing: Timing) -> Generation:
     canvas = rows.tokens[b, : ask.total[b]]
     answer = canvas[ask.prompt[b] :]
-    ends = np.flatnonzero(np.isin(answer, (model.config.eos_id, model.config.mask_id)))
+    ends = np.flatnonzero(np.isin(answer, (*model.config.eos_ids, model.config.mask_id)))
     answer = answer[: ends[0]] if ends.size else answer
     return Generation(
         text=None if rows.active[b] else text.decode(model.tokenizer, answer),

@@ -86,7 +86,7 @@ class Model:
 
     def __repr__(self) -> str:
         name = self.family.__name__.rsplit(".", 1)[-1]
-        ids = f"mask {self.config.mask_id}, eos {self.config.eos_id}"
+        ids = f"mask {self.config.mask_id}, eos {', '.join(map(str, self.config.eos_ids))}"
         kind = f"{self.quantized} and {self.dtype}" if self.quantized else self.dtype
         return f"Model({name}, {self.parameter_count:,} parameters, {kind}, {ids})"
 

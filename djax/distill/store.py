@@ -22,6 +22,7 @@ import numpy as np
 from djax.errors import TraceError
 from djax.files import expand_home
 from djax.model import Model
+from djax.models.hf import list_settings
 from djax.source import name_of
 
 MANIFEST, FORMAT = "store.json", 1
@@ -73,7 +74,7 @@ def checksum(model: Model) -> str:
     """
     sums = jax.device_get(_sums(model.params))
     leaves = [(jax.tree_util.keystr(path), np.shape(a), int(s)) for (path, a), s in _pairs(model.params, sums)]
-    described = [name_of(model.family), dataclasses.asdict(model.config), sorted(leaves)]
+    described = [name_of(model.family), list_settings(model.config), sorted(leaves)]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
