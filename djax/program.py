@@ -1,10 +1,12 @@
-"""The one program: a whole decode, from masks to tokens, as one jitted `while_loop`.
+"""The one program: a whole decode, from masks to tokens, as one jitted `while_loop` over a carry.
 
 It names no decoder, cache policy or model family; it keeps their contracts (`decoding/contract.py`,
-`caching/contract.py`, `models/`). Each row has its own block pointer and counters and never waits for another:
-`generate([a, b, c])` gives every row the canvas, forwards and refreshes it gets alone.
+`caching/contract.py`, `models/`). The carry is a value: `start` lays rows out, `run` goes on with them, `join` puts a new row
+into a free slot. Each row has its own request, block pointer and counters and never waits for another: a row gets the
+canvas, forwards and refreshes it gets alone, whenever it joined.
 """
 
+import dataclasses
 from functools import partial, reduce
 from operator import or_
 from typing import Any, NamedTuple
@@ -12,30 +14,37 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from djax import native
-from djax.caching.contract import Policy, appends
-from djax.decoding.contract import Decoder, Tick, edits, post_steps, probability
+from djax.caching.contract import Plan, Policy
+from djax.decoding.contract import Decoder, Look, Tick
+from djax.decoding.not_before import NotBefore
 from djax.models.layers import Cache
 from djax.process import make_key
-from djax.sharding import split
 from djax.smoothing import Smoothing
 from djax.trace import Record
 
-# A logit that no softmax and no argmax chooses; finite, for decoders that multiply a probability of 0 by its logarithm.
-NEVER = -1e30
 # The widest window whose logits are made all at once, a row.
 AT_ONCE = 256
+# The events that end a `run` early: none, a row has ended, a row has finished a block.
+NO_EVENT, ROW_ENDED, BLOCK_FINISHED = range(3)
+Plugs = tuple[Decoder, Policy, Smoothing | None]
 
 
 class Request(NamedTuple):
-    """What one decode is asked, all traced: new prompts, lengths, seeds or thresholds compile nothing.
+    """What each row is asked, all traced: new prompts, lengths, seeds or thresholds compile nothing.
 
-    tokens int32 `[B, L]`: prompt, then masks, then padding. prompt, total int32 `[B]`: where the prompt and the canvas
-    end. least int32 `[B]`: the position before which no EOS is proposed. start int32 `[B]`: where the first block starts.
-    seed uint32 `[B]`. temperature, early_stop, cap: scalars.
+    tokens      int32 `[B, L]`: prompt, then masks, then padding. () in a carry, whose rows have the canvas.
+    prompt      int32 `[B]`, where the prompt ends.
+    total       int32 `[B]`, where the canvas ends; 0 in a slot that is free.
+    least       int32 `[B]`, the position before which no EOS is proposed.
+    start       int32 `[B]`, where the first block starts.
+    seed        uint32 `[B]`.
+    temperature float32 `[B]`.
+    early_stop  bool `[B]`.
+    cap         int32 `[B]`, the turns after which a row that still has masks is given up.
+    numbers     the leaves of the plugs in the order of `Spec.plugs`, each with leading axis B.
     """
 
-    tokens: jax.Array
+    tokens: Any
     prompt: jax.Array
     total: jax.Array
     least: jax.Array
@@ -44,26 +53,39 @@ class Request(NamedTuple):
     temperature: jax.Array
     early_stop: jax.Array
     cap: jax.Array
+    numbers: tuple[jax.Array, ...]
 
 
-class Editing(NamedTuple):
-    """Where a row's block stands with a decoder that edits.
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What is static to a program. Equal ones share it, and a carry belongs to the spec it was started with.
 
-    post    int32 `[B]`, forwards that began with no mask in the current block.
-    changed bool `[B]`, whether the row's last forward wrote a token.
+    family, config: of the model. block: S. sampled: decoders get a random key. traced: every forward is recorded.
+    plugs: the tree of decoder, policy and smoothing, without their numbers. kinds: their classes.
     """
 
-    post: jax.Array
-    changed: jax.Array
+    family: Any
+    config: Any
+    block: int
+    sampled: bool
+    traced: bool
+    plugs: Any
+    kinds: tuple
+
+    def build(self, numbers: Any) -> Plugs:
+        """Decoder, policy and smoothing with these numbers."""
+        return jax.tree.unflatten(self.plugs, numbers)
 
 
 class Rows(NamedTuple):
-    """The part of the carry that has one entry a row.
+    """The part of the carry that a row's own forwards change.
 
     tokens       int32 `[B, L]`, the canvas.
     active       bool `[B]`, still decoding.
     start        int32 `[B]`, first position of the current block.
     block        int32 `[B]`, its index.
+    done         bool `[B]`, whether its decoder asks for no further forward of it.
+    stop         bool `[B]`, whether its decoder ended the row.
     iteration    int32 `[B]`, turns of the loop so far.
     forwards     int32 `[B]`, network forwards so far.
     refreshes    int32 `[B]`, those that refilled the cache.
@@ -73,13 +95,14 @@ class Rows(NamedTuple):
     decoder      the decoder's state, any pytree with leading axis B.
     soft         `[B, L, D]`, the embeddings the next forward reads; () without smoothing, when the tokens' own are read.
     trace        the record so far (`trace.Record`); () unless asked for.
-    editing      see `Editing`; () for decoders that do not edit.
     """
 
     tokens: jax.Array
     active: jax.Array
     start: jax.Array
     block: jax.Array
+    done: jax.Array
+    stop: jax.Array
     iteration: jax.Array
     forwards: jax.Array
     refreshes: jax.Array
@@ -89,15 +112,14 @@ class Rows(NamedTuple):
     decoder: Any
     soft: Any
     trace: Any
-    editing: Any
 
 
 class Carry(NamedTuple):
-    """rows: see `Rows`. cache: each layer's (k, v) `[B, G, L * K]`, () without a cache. trips: turns so far, scalar."""
+    """rows: see `Rows`. asks: each row's request. cache: each layer's (k, v) `[B, G, L * K]`, () without a cache."""
 
     rows: Rows
-    cache: tuple
-    trips: jax.Array
+    asks: Request
+    cache: Any
 
 
 def _row(tree: Any, b: jax.Array) -> Any:
@@ -107,6 +129,11 @@ def _row(tree: Any, b: jax.Array) -> Any:
 
 def _put_row(tree: Any, row: Any, b: jax.Array) -> Any:
     return jax.tree.map(lambda a, r: jax.lax.dynamic_update_slice_in_dim(a, r, b, axis=0), tree, row)
+
+
+def _keep(running: jax.Array, new: Any, old: Any) -> Any:
+    """The new leaves in running rows `[B]`, the old ones in the others."""
+    return jax.tree.map(lambda n, o: jnp.where(running.reshape((-1,) + (1,) * (n.ndim - 1)), n, o), new, old)
 
 
 def _in_block(rows: Rows, total: jax.Array, block: int) -> jax.Array:
@@ -120,148 +147,196 @@ def _is_any(tokens: jax.Array, ids: tuple[int, ...]) -> jax.Array:
     return reduce(or_, (tokens == one for one in ids))
 
 
-def _without_early_eos(logits: jax.Array, early: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
-    """logits `[B, S, V]`, every EOS struck at the positions `[B, S]` where an answer may not end yet."""
-
-    def columns(logits: jax.Array) -> jax.Array:
-        for eos_id in eos_ids:
-            column = jnp.where(early[..., None], NEVER, logits[:, :, eos_id : eos_id + 1])
-            logits = jax.lax.dynamic_update_slice(logits, column, (0, 0, eos_id))
-        return logits
-
-    def everywhere(logits: jax.Array) -> jax.Array:
-        is_eos = _is_any(jnp.arange(logits.shape[-1])[None, None, :], eos_ids)
-        return jnp.where(early[..., None] & is_eos, NEVER, logits)
-
-    # A GPU reads the logits through this, and writes none of it; a CPU would write all of them again.
-    if split() or native.why_not(logits.dtype) is not None:
-        return everywhere(logits)
-    return jax.lax.platform_dependent(logits, cpu=columns, default=everywhere)
-
-
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
     """x `[B, L, ...]` at index `[B, W]`, clipped to the canvas."""
     index = jnp.clip(index, 0, x.shape[1] - 1)
     return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)
 
 
-def _decode_block(
-    rows: Rows, logits: jax.Array, ask: Request, decoder: Decoder, running: jax.Array, tick: Tick, sampled: bool, whole: bool
-) -> Rows:
-    """Hand the block's logits `[B, S, V]` of one forward to the decoder and write what it accepts.
-
-    running bool `[B]`: the rows that take part. whole: the forward ran the whole canvas.
-    """
-    block = logits.shape[1]
-    at = rows.start[:, None] + jnp.arange(block)[None, :]
-    here = (at < ask.total[:, None]) & running[:, None]
-    before = _take(rows.tokens, at)
-    masked = (before == tick.mask_id) & here
-    # The key depends on the row's own seed and counter, not on its place in the batch.
-    key = jax.vmap(lambda s, f: jax.random.fold_in(make_key(s), f))(ask.seed, rows.forwards) if sampled else None
-    state, tokens, accept = decoder.step(rows.decoder, logits, masked, tick, key)
-    editing = rows.editing
-    if editing:
-        editable = here & ~masked & (at >= ask.prompt[:, None]) & (editing.post < post_steps(decoder))[:, None]
-        edited, replace = decoder.edit(logits, before, editable, tick)
-        tokens, accept = jnp.where(editable, edited, tokens), accept | replace
-        post = editing.post + (running & ~jnp.any(masked, axis=1))
-        editing = Editing(post, jnp.where(running, jnp.any(accept, axis=1), editing.changed))
-    offset = jnp.arange(rows.tokens.shape[1])[None, :] - rows.start[:, None]
-    write = _take(accept, offset) & _in_block(rows, ask.total, block) & running[:, None]
-    one = running.astype(jnp.int32)
-    keep = partial(jax.tree.map, lambda new, old: jnp.where(running.reshape((-1,) + (1,) * (new.ndim - 1)), new, old))
-    if rows.trace:
-        confidence = _take(probability(logits, tokens, tick.mask_id), offset)
-        trace = rows.trace.add(rows.forwards, rows.start, tokens, write, confidence, running, whole)
-    else:
-        trace = ()
-    return rows._replace(
-        tokens=jnp.where(write, _take(tokens, offset), rows.tokens),
-        forwards=rows.forwards + one,
-        call=rows.call + one,
-        decoder=keep(state, rows.decoder),
-        trace=trace,
-        editing=editing,
-    )
-
-
-def _finish_blocks(rows: Rows, ask: Request, block: int, mask_id: int, eos_ids: tuple[int, ...], post: int) -> Rows:
-    """Move rows whose block has no mask left to the next block, or end them: at EOS (early stop) or at the canvas' end.
-
-    eos_ids: any of them ends a row, the first one fills what follows. post: the most forwards that a decoder that edits may
-    spend on a block without masks.
-    """
-    inside = _in_block(rows, ask.total, block)
-    finished = rows.active & ~jnp.any(inside & (rows.tokens == mask_id), axis=1)
-    editing = rows.editing
-    if editing:
-        finished &= ~editing.changed | (editing.post >= post)
-        editing = editing._replace(post=jnp.where(finished, 0, editing.post))
-    at = jnp.arange(rows.tokens.shape[1])[None, :]
-    generated = inside & (at >= ask.prompt[:, None])
-    stop = finished & ask.early_stop & jnp.any(generated & _is_any(rows.tokens, eos_ids), axis=1)
-    start = jnp.where(finished, rows.start + block, rows.start)
-    fill = stop[:, None] & (at >= start[:, None]) & (at < ask.total[:, None])
-    return rows._replace(
-        tokens=jnp.where(fill, eos_ids[0], rows.tokens),
-        active=rows.active & ~stop & (start < ask.total),
-        start=start,
-        block=rows.block + finished,
-        iteration=rows.iteration + rows.active,
-        call=jnp.where(finished, 0, rows.call),
-        editing=editing,
-    )
+def _ticks(rows: Rows, smoothed: bool) -> Tick:
+    """Where each row stands, `[B]` each."""
+    # dInfer counts a turn that refreshes as one iteration, but with smoothing as the two forwards it is.
+    return Tick(rows.forwards if smoothed else rows.iteration, rows.forwards, rows.block, rows.call)
 
 
 def reach(policy: Policy, length: int) -> tuple[int, int]:
-    """How far a window goes beyond its block on a canvas. What would leave it on every side costs nothing, cut off here."""
+    """How far a window goes beyond its block on a canvas: the policy's reach, clipped to the canvas."""
     before, after = policy.reach()
     return min(before, length), min(after, length)
 
 
-def decode(
-    params: Any,
-    ask: Request,
-    decoder: Decoder,
-    policy: Policy,
-    smoothing: Smoothing | None,
-    *,
-    family: Any,
-    config: Any,
-    block: int,
-    sampled: bool,
-    traced: bool,
-) -> Rows:
-    """The program: from masks to tokens in one `while_loop`.
-
-    A turn runs the whole canvas of each row whose policy asks for it, one row at a time (an inner loop: a refresh then
-    costs nothing to rows that need none, and the cache is updated in place), then one window step for all rows. In a
-    block-causal family with a cache that grows, rows that have entered a block take that turn's window two blocks wide.
-    Returns the rows as they end, less what only the loop needs; `active` is true only for rows that hit the cap on turns. What
-    stands after the star is static.
-    """
+def start(params: Any, ask: Request, spec: Spec) -> Carry:
+    """The carry before the first forward of its rows. Those with an empty canvas are free slots."""
     batch, length = ask.tokens.shape
-    before, after = reach(policy, length)
-    width = before + block + after if before else min(block + after, length)
-    everywhere = jnp.arange(length, dtype=jnp.int32)[None, :]
+    decoder, policy, smoothing = spec.build(ask.numbers)
+    zero = jnp.zeros(batch, jnp.int32)
+    no = jnp.zeros(batch, bool)
+    rows = Rows(
+        tokens=ask.tokens,
+        active=ask.start < ask.total,
+        start=ask.start,
+        block=zero,
+        done=no,
+        stop=no,
+        iteration=zero,
+        forwards=zero,
+        refreshes=zero,
+        positions=zero,
+        call=zero,
+        cached_block=zero - 1,
+        decoder=jax.vmap(lambda _, numbers: spec.build(numbers)[0].init(spec.block, spec.config.vocab))(zero, ask.numbers),
+        trace=Record.start(batch, length, spec.block, decoder.post_steps) if spec.traced else (),
+        soft=() if smoothing is None else spec.family.embed(params, spec.config, ask.tokens),
+    )
+    cache = spec.family.empty_cache(params, spec.config, batch, length) if policy.keeps else ()
+    return Carry(rows, ask._replace(tokens=()), cache)
 
-    def tick_of(rows: Rows, ask: Request) -> Tick:
-        # dInfer counts a turn that refreshes as one iteration, but with smoothing as the two forwards it is.
-        iteration = rows.iteration if smoothing is None else rows.forwards
-        least = jnp.full(rows.forwards.shape, -jnp.inf) if smoothing is None else smoothing.least(rows.forwards)
-        return Tick(iteration, rows.forwards, rows.block, rows.call, least, jnp.int32(config.mask_id), ask.temperature)
 
-    # Families whose blocks see themselves and what is before them: nothing after a row's block is run, or seen.
-    causal = getattr(family, "BLOCK_CAUSAL", False)
+def join(params: Any, carry: Carry, ask: Request, b: jax.Array, spec: Spec) -> Carry:
+    """The carry with the one row of `ask` in slot b, whose row must have ended. Its cache is not touched: a row's first
+    refresh replaces what is there."""
+    new = start(params, ask, spec)
+    return carry._replace(rows=_put_row(carry.rows, new.rows, b), asks=_put_row(carry.asks, new.asks, b))
+
+
+def run(params: Any, carry: Carry, spec: Spec, turns: jax.Array | None = None, until: jax.Array | None = None) -> Carry:
+    """Go on until every row has ended or, with `turns` and `until` (int32 scalars), until so many turns are spent or the event
+    happens (`ROW_ENDED`, `BLOCK_FINISHED`, `NO_EVENT`).
+
+    A turn runs the whole canvas of each row whose policy asks for it, one row at a time (an inner loop: a refresh then costs
+    nothing to rows that need none, and the cache is updated in place), then one window step for all rows. In a block-causal
+    family with a cache that grows, rows that have entered a block take that turn's window two blocks wide. A row that has spent
+    its cap stays active and takes no further turn.
+    """
+    loop = _Loop(params, spec, carry)
+    if turns is None or until is None:
+        return jax.lax.while_loop(lambda c: jnp.any(_running(c)), loop.turn, carry)
+
+    def go_on(state: tuple[Carry, jax.Array, jax.Array]) -> jax.Array:
+        carry, left, happened = state
+        return jnp.any(_running(carry)) & (left > 0) & ~happened
+
+    def turn(state: tuple[Carry, jax.Array, jax.Array]) -> tuple[Carry, jax.Array, jax.Array]:
+        old, left, _ = state
+        new = loop.turn(old)
+        ended = jnp.any(old.rows.active & ~new.rows.active)
+        finished = jnp.any(old.rows.block != new.rows.block)
+        happened = ((until == ROW_ENDED) & ended) | ((until == BLOCK_FINISHED) & finished)
+        return new, left - 1, happened
+
+    return jax.lax.while_loop(go_on, turn, (carry, turns, jnp.bool_(False)))[0]
+
+
+def decode(params: Any, ask: Request, *, spec: Spec) -> Rows:
+    """`start`, then `run` to the end: the program of `djax.generate`.
+
+    Returns the rows as they end, less what only the loop needs; `active` is true only for rows that hit their cap on turns.
+    """
+    rows = run(params, start(params, ask, spec), spec).rows
+    return rows._replace(decoder=(), soft=())
+
+
+def _running(carry: Carry) -> jax.Array:
+    """Bool `[B]`: the rows that take the next turn."""
+    return carry.rows.active & (carry.rows.iteration < carry.asks.cap)
+
+
+class _Loop:
+    """The turns of a loop over a carry of B rows and canvases of L positions, for one set of parameters."""
+
+    def __init__(self, params: Any, spec: Spec, carry: Carry) -> None:
+        self.params, self.spec = params, spec
+        self.family, self.config, self.block = spec.family, spec.config, spec.block
+        self.batch, self.length = carry.rows.tokens.shape
+        _, self.policy, self.smoothing = spec.build(carry.asks.numbers)
+        self.before, self.after = reach(self.policy, self.length)
+        # Families whose blocks see themselves and what is before them: nothing after a row's block is run, or seen.
+        self.causal = getattr(spec.family, "BLOCK_CAUSAL", False)
+        self.everywhere = jnp.arange(self.length, dtype=jnp.int32)[None, :]
+
+    def turn(self, carry: Carry) -> Carry:
+        """One turn of every running row."""
+        running = _running(carry)
+        plan = self.plan(carry)
+        carry, _ = jax.lax.while_loop(lambda c: jnp.any(c[1]), partial(self.full, plan), (carry, plan.full & running))
+        if self.policy.appends:
+            carry = self.append(carry, plan.append & running)
+        rows = carry.rows
+        if self.policy.keeps:
+            # Entered as a loop of at most one trip: turns in which every row warms up pay for no window, and unlike
+            # `lax.cond` a loop never copies what it carries.
+            rows, _ = jax.lax.while_loop(
+                lambda c: jnp.any(c[1]),
+                lambda c: (self.window(carry._replace(rows=c[0]), c[1]), jnp.zeros_like(c[1])),
+                (rows, plan.window & running),
+            )
+        return carry._replace(rows=self.finish_blocks(rows, carry.asks, running))
+
+    def plan(self, carry: Carry) -> Plan:
+        """What each row runs in this turn, `[B]` each."""
+        ticks = _ticks(carry.rows, self.smoothing is not None)
+        return jax.vmap(lambda numbers, tick, cached: self.spec.build(numbers)[1].plan(tick, cached))(
+            carry.asks.numbers, ticks, carry.rows.cached_block
+        )
+
+    def full(self, plan: Plan, state: tuple[Carry, jax.Array]) -> tuple[Carry, jax.Array]:
+        """One pending row's whole canvas: decode its block from it, and keep its K/V if the policy has a cache."""
+        carry, pending = state
+        b = jnp.argmax(pending)
+        rows, asks, refresh = _row((carry.rows, carry.asks, plan.refresh), b)
+        rows, fresh = self.forward_and_decode(rows, asks, self.everywhere, rows.start[:, None], jnp.array([True]), None)
+        rows = rows._replace(refreshes=rows.refreshes + refresh, cached_block=jnp.where(refresh, rows.block, rows.cached_block))
+        # A warm-up forward is kept too: nothing reads it before the first refresh replaces it.
+        cache = _put_row(carry.cache, fresh, b) if self.policy.keeps else ()
+        return carry._replace(rows=_put_row(carry.rows, rows, b), cache=cache), pending.at[b].set(False)
+
+    def window(self, carry: Carry, running: jax.Array) -> Rows:
+        """The block and its reach for all running rows, against the cache with the window's own positions hidden."""
+        width = self.before + self.block + self.after if self.before else min(self.block + self.after, self.length)
+        left = carry.rows.start[:, None] - self.before
+        at = left + jnp.arange(width, dtype=jnp.int32)[None, :]
+        if self.causal:
+            visible = self.everywhere < left
+        else:
+            outside = (self.everywhere < left) | (self.everywhere >= left + width)
+            visible = (self.everywhere < carry.asks.total[:, None]) & outside
+        return self.forward_and_decode(carry.rows, carry.asks, at, self.before, running, Cache(carry.cache, visible))[0]
+
+    def append(self, carry: Carry, running: jax.Array) -> Carry:
+        """The block and the one before it, which has no masks left and joins the cache, for all running rows."""
+        block, head = self.block, self.config.head_dim
+        left = carry.rows.start - block
+        at = left[:, None] + jnp.arange(2 * block, dtype=jnp.int32)[None, :]
+        seen = Cache(carry.cache, self.everywhere < left[:, None])
+        size = block * head
+
+        def forward(state: tuple) -> tuple:
+            rows, fresh = self.forward_and_decode(state[0], carry.asks, at, block, state[2], seen)
+            rows = rows._replace(cached_block=jnp.where(state[2], rows.block, rows.cached_block))
+            return rows, jax.tree.map(lambda a: a[:, :, :size], fresh), jnp.zeros_like(state[2])
+
+        def put(state: tuple) -> tuple:
+            cache, pending = state
+            b = jnp.argmax(pending)
+            where = (b, 0, left[b] * head)
+            cache = jax.tree.map(lambda c, f: jax.lax.dynamic_update_slice(c, _row(f, b), where), cache, finished)
+            return cache, pending.at[b].set(False)
+
+        # Two loops, the one reading the cache and the other writing it: done in one, XLA would copy all of it in between.
+        nothing = jax.tree.map(lambda c: jnp.zeros((self.batch, c.shape[1], size), c.dtype), carry.cache)
+        rows, finished, _ = jax.lax.while_loop(lambda c: jnp.any(c[2]), forward, (carry.rows, nothing, running))
+        cache, _ = jax.lax.while_loop(lambda c: jnp.any(c[1]), put, (carry.cache, running))
+        return carry._replace(rows=rows, cache=cache)
 
     def forward_and_decode(
-        rows: Rows, ask: Request, at: jax.Array, skip: jax.Array | int, running: jax.Array, cache: Cache | None
-    ) -> tuple[Rows, tuple]:
+        self, rows: Rows, asks: Request, at: jax.Array, skip: jax.Array | int, running: jax.Array, cache: Cache | None
+    ) -> tuple[Rows, Any]:
         """One network forward of the positions `at` `[B, W]` of the running rows, the block from `skip` on in it."""
-        valid = (at >= 0) & (at < ask.total[:, None]) & running[:, None]
+        family, config, params, block = self.family, self.config, self.params, self.block
+        _, _, smoothing = self.spec.build(asks.numbers)
+        valid = (at >= 0) & (at < asks.total[:, None]) & running[:, None]
         x = family.embed(params, config, _take(rows.tokens, at)) if smoothing is None else _take(rows.soft, at)
-        if causal:
+        if self.causal:
             valid &= at < rows.start[:, None] + block
             # Windows begin where a block does, as the canvas does.
             until = jnp.broadcast_to((jnp.arange(at.shape[1], dtype=jnp.int32) // block + 1) * block, at.shape)
@@ -275,9 +350,7 @@ def decode(
             logits = wide[:, skip : skip + block]
         else:
             logits = family.unembed(params, config, _take(x, skip + jnp.arange(block)[None, :]))
-        early = rows.start[:, None] + jnp.arange(block)[None, :] < ask.least[:, None]
-        logits = _without_early_eos(logits, early, config.eos_ids)
-        decoded = _decode_block(rows, logits, ask, decoder, running, tick_of(rows, ask), sampled, whole=cache is None)
+        decoded = self.decode_block(rows, asks, logits, running, whole=cache is None)
         decoded = decoded._replace(positions=rows.positions + jnp.sum(valid, axis=1, dtype=jnp.int32))
         if smoothing is None:
             return decoded, fresh
@@ -287,97 +360,66 @@ def decode(
         still = (tokens == config.mask_id)[..., None]
         expected = family.expected_embedding(params, config, x, smoothing.top, wide)
         soft = jnp.where(still, soft + weight * expected, soft)
-        offset = everywhere - at[:, :1]
+        offset = self.everywhere - at[:, :1]
         covered = (offset >= 0) & (offset < at.shape[1]) & _take(valid, offset)
         return decoded._replace(soft=jnp.where(covered[..., None], _take(soft, offset), rows.soft)), fresh
 
-    def full(carry: Carry, pending: jax.Array, plan: Any) -> tuple[Carry, jax.Array]:
-        """One pending row's whole canvas: decode its block from it, and keep its K/V if the policy has a cache."""
-        b = jnp.argmax(pending)
-        rows, asked = _row(carry.rows, b), _per_row(ask, partial(_row, b=b))
-        refresh = _row(plan.refresh, b)
-        rows, fresh = forward_and_decode(rows, asked, everywhere, rows.start[:, None], jnp.array([True]), None)
-        rows = rows._replace(refreshes=rows.refreshes + refresh, cached_block=jnp.where(refresh, rows.block, rows.cached_block))
-        # A warm-up forward is kept too: nothing reads it before the first refresh replaces it.
-        cache = _put_row(carry.cache, fresh, b) if policy.keeps else ()
-        return carry._replace(rows=_put_row(carry.rows, rows, b), cache=cache), pending.at[b].set(False)
+    def decode_block(self, rows: Rows, asks: Request, logits: jax.Array, running: jax.Array, whole: bool) -> Rows:
+        """Hand the block's logits `[B, S, V]` of one forward to each row's decoder and write what it says.
 
-    def window(rows: Rows, cache: tuple, running: jax.Array) -> Rows:
-        """The block and its reach for all running rows, against the cache with the window's own positions hidden."""
-        left = rows.start[:, None] - before
-        at = left + jnp.arange(width, dtype=jnp.int32)[None, :]
-        if causal:
-            visible = everywhere < left
-        else:
-            visible = (everywhere < ask.total[:, None]) & ((everywhere < left) | (everywhere >= left + width))
-        return forward_and_decode(rows, ask, at, before, running, Cache(cache, visible))[0]
+        running bool `[B]`: the rows that take part. whole: the forward ran the whole canvas.
+        """
+        spec, mask_id = self.spec, jnp.int32(self.config.mask_id)
+        at = rows.start[:, None] + jnp.arange(self.block, dtype=jnp.int32)[None, :]
+        before = _take(rows.tokens, at)
+        may_write = (at >= asks.prompt[:, None]) & (at < asks.total[:, None]) & running[:, None]
+        smoothing = spec.build(asks.numbers)[2]
+        floor = jnp.full(rows.forwards.shape, -jnp.inf) if smoothing is None else smoothing.least(rows.forwards)
 
-    def append(carry: Carry, running: jax.Array) -> Carry:
-        """The block and the one before it, which has no masks left and joins the cache, for all running rows."""
-        left = carry.rows.start - block
-        at = left[:, None] + jnp.arange(2 * block, dtype=jnp.int32)[None, :]
-        seen = Cache(carry.cache, everywhere < left[:, None])
-        size = block * config.head_dim
+        def step(state: Any, ask: Request, tick: Tick, *looked: jax.Array) -> tuple:
+            # The key depends on the row's own seed and counter, not on its place in the batch.
+            key = jax.random.fold_in(make_key(ask.seed), tick.forward) if spec.sampled else None
+            logits, tokens, may_write, at, floor = looked
+            decoder = NotBefore(spec.build(ask.numbers)[0], ask.least, self.config.eos_ids)
+            return decoder.step(state, Look(logits, tokens, may_write, at, tick, mask_id, floor, ask.temperature, key))
 
-        def forward(loop: tuple) -> tuple:
-            rows, fresh = forward_and_decode(loop[0], ask, at, block, loop[2], seen)
-            rows = rows._replace(cached_block=jnp.where(loop[2], rows.block, rows.cached_block))
-            return rows, jax.tree.map(lambda a: a[:, :, :size], fresh), jnp.zeros_like(loop[2])
-
-        def put(loop: tuple) -> tuple:
-            cache, pending = loop
-            b = jnp.argmax(pending)
-            where = (b, 0, left[b] * config.head_dim)
-            cache = jax.tree.map(lambda c, f: jax.lax.dynamic_update_slice(c, _row(f, b), where), cache, finished)
-            return cache, pending.at[b].set(False)
-
-        # Two loops, the one reading the cache and the other writing it: done in one, XLA would copy all of it in between.
-        nothing = jax.tree.map(lambda c: jnp.zeros((batch, c.shape[1], size), c.dtype), carry.cache)
-        rows, finished, _ = jax.lax.while_loop(lambda c: jnp.any(c[2]), forward, (carry.rows, nothing, running))
-        cache, _ = jax.lax.while_loop(lambda c: jnp.any(c[1]), put, (carry.cache, running))
-        return carry._replace(rows=rows, cache=cache)
-
-    def turn(carry: Carry) -> Carry:
-        plan = policy.plan(tick_of(carry.rows, ask), carry.rows.cached_block)
-        carry, _ = jax.lax.while_loop(
-            lambda c: jnp.any(c[1]), lambda c: full(c[0], c[1], plan), (carry, plan.full & carry.rows.active)
+        ticks = _ticks(rows, smoothing is not None)
+        state, verdict = jax.vmap(step)(rows.decoder, asks, ticks, logits, before, may_write, at, floor)
+        offset = self.everywhere - rows.start[:, None]
+        changed = may_write & (verdict.tokens != before)
+        write = _take(changed, offset) & _in_block(rows, asks.total, self.block) & running[:, None]
+        trace = ()
+        if spec.traced:
+            confidence = _take(verdict.confidence, offset)
+            trace = rows.trace.add(rows.forwards, rows.start, verdict.proposals, write, confidence, running, whole)
+        one = running.astype(jnp.int32)
+        return rows._replace(
+            tokens=jnp.where(write, _take(verdict.tokens, offset), rows.tokens),
+            done=jnp.where(running, verdict.done, rows.done),
+            stop=jnp.where(running, verdict.stop, rows.stop),
+            forwards=rows.forwards + one,
+            call=rows.call + one,
+            decoder=_keep(running, state, rows.decoder),
+            trace=trace,
         )
-        if appends(policy):
-            carry = append(carry, plan.append & carry.rows.active)
-        rows = carry.rows
-        if policy.keeps:
-            # Entered as a loop of at most one trip: turns in which every row warms up pay for no window, and unlike
-            # `lax.cond` a loop never copies what it carries.
-            rows, _ = jax.lax.while_loop(
-                lambda c: jnp.any(c[1]),
-                lambda c: (window(c[0], carry.cache, c[1]), jnp.zeros_like(c[1])),
-                (rows, plan.window & rows.active),
-            )
-        rows = _finish_blocks(rows, ask, block, config.mask_id, config.eos_ids, post_steps(decoder))
-        return carry._replace(rows=rows, trips=carry.trips + 1)
 
-    zero = jnp.zeros(batch, jnp.int32)
-    rows = Rows(
-        tokens=ask.tokens,
-        active=ask.start < ask.total,
-        start=ask.start,
-        block=zero,
-        iteration=zero,
-        forwards=zero,
-        refreshes=zero,
-        positions=zero,
-        call=zero,
-        cached_block=zero - 1,
-        decoder=decoder.init(batch, block, config.vocab),
-        trace=Record.start(batch, length, block, post_steps(decoder)) if traced else (),
-        soft=() if smoothing is None else family.embed(params, config, ask.tokens),
-        editing=Editing(zero, jnp.zeros(batch, bool)) if edits(decoder) else (),
-    )
-    cache = family.empty_cache(params, config, batch, length) if policy.keeps else ()
-    last = jax.lax.while_loop(lambda c: jnp.any(c.rows.active) & (c.trips < ask.cap), turn, Carry(rows, cache, jnp.int32(0)))
-    return last.rows._replace(decoder=(), soft=(), editing=())
-
-
-def _per_row(ask: Request, f: Any) -> Request:
-    """Apply f to the fields of a request that have a batch axis."""
-    return Request(*(f(a) if a.ndim else a for a in ask))
+    def finish_blocks(self, rows: Rows, asks: Request, running: jax.Array) -> Rows:
+        """Move rows whose block is done to the next one, or end them: at an EOS (early stop), at their decoder's word, or at
+        the canvas' end. Any of the EOS ids ends a row, the first one fills what follows."""
+        eos_ids = self.config.eos_ids
+        finished = running & (rows.done | rows.stop)
+        at = self.everywhere
+        generated = _in_block(rows, asks.total, self.block) & (at >= asks.prompt[:, None])
+        ends = finished & asks.early_stop & jnp.any(generated & _is_any(rows.tokens, eos_ids), axis=1)
+        start = jnp.where(finished, rows.start + self.block, rows.start)
+        fill = ends[:, None] & (at >= start[:, None]) & (at < asks.total[:, None])
+        fill |= rows.stop[:, None] & (rows.tokens == self.config.mask_id) & (at < asks.total[:, None])
+        return rows._replace(
+            tokens=jnp.where(fill, eos_ids[0], rows.tokens),
+            active=rows.active & ~ends & ~rows.stop & (start < asks.total),
+            start=start,
+            block=rows.block + finished,
+            done=rows.done & ~finished,
+            iteration=rows.iteration + running,
+            call=jnp.where(finished, 0, rows.call),
+        )

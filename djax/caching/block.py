@@ -6,14 +6,14 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from djax.caching.contract import Plan
+from djax.caching.contract import Plan, Policy
 from djax.decoding.contract import Tick
 from djax.pytree import pytree
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class Block:
+class Block(Policy):
     """Run the block alone against the blocks before it; for families whose blocks see no later one (LLaDA2).
 
     The first forward runs the prompt and the first block, keeps their keys and values, and decodes. The first forward of each
@@ -22,11 +22,7 @@ class Block:
     BlockDiffusionRunner), one more a block.
     """
 
-    keeps: ClassVar[bool] = True
     appends: ClassVar[bool] = True
-
-    def reach(self) -> tuple[int, int]:
-        return 0, 0
 
     def plan(self, tick: Tick, cached_block: jax.Array) -> Plan:
         first = cached_block < 0

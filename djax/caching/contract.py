@@ -7,12 +7,14 @@ of a block just entered runs the block before it, too, and appends that one's ke
 dataclass, a `djax.pytree`, with
 
     keeps             static: is there a cache at all? If not, `plan` never asks for a window.
-    appends           static, optional: does it grow by finished blocks? Only for families that are block-causal.
+    appends           static: does it grow by finished blocks? Only for families that are block-causal.
     reach()           static: how many positions before and after the block the window covers (cut to the canvas)
     plan(tick, cached_block) -> Plan
+
+It is written for one row, and extends `Policy`, which has the defaults. The loop maps it over the rows of a batch.
 """
 
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple
 
 import jax
 
@@ -22,36 +24,35 @@ TO_THE_END = 2**30  # a reach longer than any canvas
 
 
 class Plan(NamedTuple):
-    """One turn, bool `[B]` each.
+    """One turn of a row, bool scalars.
 
     full:    run the whole canvas.
     refresh: keep that forward's keys and values (implies full; counted as a refresh).
     window:  then run the window against the cache.
-    append:  then run the block before and the block, and append the former to the cache; None where a policy never does.
+    append:  then run the block before and the block, and append the former to the cache.
     """
 
     full: jax.Array
     refresh: jax.Array
     window: jax.Array
-    append: jax.Array | None = None
+    append: jax.Array | bool = False
 
 
-class Policy(Protocol):
-    keeps: bool
+class Policy:
+    """Base of all cache policies."""
 
-    def reach(self) -> tuple[int, int]: ...
+    keeps: ClassVar[bool] = True
+    appends: ClassVar[bool] = False
+
+    def reach(self) -> tuple[int, int]:
+        return 0, 0
 
     def plan(self, tick: Tick, cached_block: jax.Array) -> Plan:
-        """`cached_block` int32 `[B]`: the block in which the row's cache was last filled, -1 while it is empty."""
-        ...
-
-
-def appends(policy: Policy) -> bool:
-    """Whether the policy's cache grows by finished blocks."""
-    return bool(getattr(policy, "appends", False))
+        """`cached_block` int32 scalar: the block in which the row's cache was last filled, -1 while it is empty."""
+        raise NotImplementedError
 
 
 def on_entry(tick: Tick, cached_block: jax.Array, every: jax.Array | None) -> jax.Array:
-    """Bool `[B]`: rows that have just entered a block, and, with `every`, those whose turn is a multiple of it."""
+    """Bool: the row has just entered a block or, with `every`, its turn is a multiple of it."""
     refresh = cached_block != tick.block
     return refresh if every is None else refresh | (tick.iteration % every == 0)

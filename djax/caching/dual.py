@@ -1,11 +1,10 @@
 """Dual cache: everything before and after the block is cached, the block alone is run."""
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 
-from djax.caching.contract import Plan, on_entry
+from djax.caching.contract import Plan, Policy, on_entry
 from djax.checks import flag, integer
 from djax.decoding.contract import Tick
 from djax.pytree import pytree
@@ -13,7 +12,7 @@ from djax.pytree import pytree
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class Dual:
+class Dual(Policy):
     """Refresh on entering a block, and every `every` turns if given; run the block's window in every turn.
 
     A refresh also decodes. surplus: the window of that same turn runs too, even if the refresh finished the block (dInfer's
@@ -24,14 +23,9 @@ class Dual:
     every: int | None = None
     surplus: bool = True
 
-    keeps: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         integer(self, "every", at_least=1, optional=True)
         flag(self, "surplus")
-
-    def reach(self) -> tuple[int, int]:
-        return 0, 0
 
     def plan(self, tick: Tick, cached_block: jax.Array) -> Plan:
         refresh = on_entry(tick, cached_block, self.every)

@@ -1,11 +1,10 @@
 """Prefix cache: what stands before the block is cached, the block and all that follows is run."""
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 
-from djax.caching.contract import TO_THE_END, Plan, on_entry
+from djax.caching.contract import TO_THE_END, Plan, Policy, on_entry
 from djax.checks import flag, integer
 from djax.decoding.contract import Tick
 from djax.pytree import pytree
@@ -13,7 +12,7 @@ from djax.pytree import pytree
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class Prefix:
+class Prefix(Policy):
     """Refresh on entering a block, and every `every` turns if given; run from the block to the canvas' end in every turn.
 
     Turns, `every` and `surplus` are `Dual`'s (dInfer's BaseDiffusionIteration with cache 'prefix', or Fast-dLLM's).
@@ -22,8 +21,6 @@ class Prefix:
 
     every: int | None = None
     surplus: bool = True
-
-    keeps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         integer(self, "every", at_least=1, optional=True)

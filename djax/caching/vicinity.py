@@ -1,11 +1,10 @@
 """Vicinity cache: the block and its neighbours are run, the rest is cached."""
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 
-from djax.caching.contract import Plan
+from djax.caching.contract import Plan, Policy
 from djax.checks import integer
 from djax.decoding.contract import Tick
 from djax.pytree import pytree
@@ -13,7 +12,7 @@ from djax.pytree import pytree
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class Vicinity:
+class Vicinity(Policy):
     """Run `[start - before, end + after)` of each block, cut to the canvas; the first `warmup` forwards run everything.
 
     After the warm-up the cache is filled once, then refilled on entering each block, and in blocks after the first also
@@ -26,8 +25,6 @@ class Vicinity:
     after: int = dataclasses.field(default=16, metadata={"static": True})
     warmup: int = 4
     every: int | None = None
-
-    keeps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for field in ("before", "after", "warmup"):

@@ -1,97 +1,150 @@
 """The contract every decoder keeps, and the candidate rule they share.
 
-A decoder is a frozen dataclass, a `djax.pytree`. Its numbers are leaves (a sweep over them compiles once); what
-sets a shape is a static field. It has two pure methods:
+A decoder is a frozen dataclass, a `djax.pytree`, that extends `Decoder`. Its numbers are leaves (a sweep over them compiles
+once, and they may differ from row to row); what sets a shape is a static field. It is written for one row:
 
-    init(rows, block, vocab) -> state                        any pytree, every leaf with leading axis `rows`
-    step(state, logits, masked, tick, key) -> state, tokens, accept
+    init(block, vocab) -> state                 any pytree of arrays
+    step(state, look) -> state, verdict         pure
 
-with logits float32 `[B, S, V]`, masked bool `[B, S]` (what may be decided), `tick` where decoding stands, key a random
-key a row `[B]` or None at temperature 0; tokens int32 `[B, S]` and accept bool `[B, S]`. A decoder that draws even at
-temperature 0 says so with a static attribute `draws = True`, and then always gets a key.
+The loop maps both over the rows of a batch, so rows cannot look at each other. `look` is what the network read and said, the
+verdict what stands there now. A decoder that holds another one (`Credit`, `Edit`, `NotBefore`) changes what the inner one sees
+or what it returned.
 
-A decoder that also replaces tokens it accepted says so with a static attribute `edits = True`. It has a static int
-`post_steps` and a third pure method, called after `step` at every forward:
-
-    edit(logits, tokens, editable, tick) -> tokens, replace
-
-with tokens int32 `[B, S]`, those of the block before this forward, and editable bool `[B, S]`: generated and not masked
-then; the returned tokens int32 `[B, S]` and replace bool `[B, S]` are what to write, and where. Its block without masks is
-finished once a forward changes nothing, or once `post_steps` forwards began without a mask; after them nothing is editable.
-
-The law of every decoder, tested from the registry: accept lies inside masked; every row with a mask accepts at least
-one token; the mask id is never accepted; rows do not look at each other; state keeps structure, shape and dtype.
-Of one that edits: replace lies inside editable, what it writes differs from what stands there and is not the mask id.
+The invariant of every decoder, tested from the registry: it writes only at open positions and never the mask id; while masks
+are left it writes at least one token; without `post_steps` it writes only where the mask stood, and its block is done when no
+mask is left; the state keeps structure, shape and dtype.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from djax import native
-from djax.checks import plug
 from djax.errors import OptionError
 from djax.sharding import split
 
+# A logit that excludes a token; finite, so that a probability of 0 times its logarithm is 0 and not NaN.
+NEVER = -1e30
+
 
 class Tick(NamedTuple):
-    """What a decoder and a cache policy are told about where decoding stands: one value a row, the last two scalars.
+    """Where the decoding of a row stands: int32 scalars, counted from 0.
 
-    iteration: turns of the loop this row took since its start. A turn that refreshes the cache runs two forwards.
+    iteration: turns of the loop since the row's start. A turn that refreshes the cache runs two forwards.
     forward:   network forwards of this row since its start.
-    block:     index of the row's current block, from 0.
-    call:      decode calls in the current block, from 0: a decoder's memory of a block starts anew at 0.
-    least:     float32, a threshold that comparing decoders do not go below (smoothing's ramp); -inf without smoothing.
-    mask_id, temperature: as given.
+    block:     index of the row's current block.
+    call:      decode calls in the current block: a decoder's memory of a block starts anew at 0.
     """
 
     iteration: jax.Array
     forward: jax.Array
     block: jax.Array
     call: jax.Array
-    least: jax.Array
+
+
+class Look(NamedTuple):
+    """One forward of one row, as its decoder sees it. S positions of the current block, V tokens.
+
+    logits:  float32 `[S, V]`.
+    tokens:  int32 `[S]`, what the network read; mask_id where nothing is decided yet.
+    open:    bool `[S]`, the generated positions of the canvas: what the decoder may write.
+    at:      int32 `[S]`, their positions on the canvas.
+    tick:    see `Tick`.
+    mask_id: int32 scalar.
+    floor:   float32 scalar, a threshold that comparing decoders do not go below (smoothing's ramp); -inf without smoothing.
+    temperature: float32 scalar.
+    key:     the row's random key; None in a program that draws nothing.
+    """
+
+    logits: jax.Array
+    tokens: jax.Array
+    open: jax.Array
+    at: jax.Array
+    tick: Tick
     mask_id: jax.Array
+    floor: jax.Array
     temperature: jax.Array
+    key: jax.Array | None
+
+    @property
+    def masked(self) -> jax.Array:
+        """Bool `[S]`: what is still to be decided."""
+        return self.open & (self.tokens == self.mask_id)
 
 
-class Decoder(Protocol):
-    def init(self, rows: int, block: int, vocab: int) -> Any: ...
+class Verdict(NamedTuple):
+    """What a decoder makes of a look.
 
-    def step(
-        self, state: Any, logits: jax.Array, masked: jax.Array, tick: Tick, key: jax.Array | None
-    ) -> tuple[Any, jax.Array, jax.Array]: ...
+    tokens:     int32 `[S]`, what stands there now.
+    proposals:  int32 `[S]`, the token each position proposed, written or not: for the trace.
+    confidence: float32 `[S]`, the probability of `tokens` under this forward's logits: for the trace, computed only there.
+    done:       bool scalar, the block takes no further forward.
+    stop:       bool scalar, the row ends here; positions that still hold the mask become EOS.
+    """
+
+    tokens: jax.Array
+    proposals: jax.Array
+    confidence: jax.Array
+    done: jax.Array
+    stop: jax.Array
 
 
-def draws(decoder: Decoder) -> bool:
-    """Whether the decoder needs a key at every temperature."""
-    return bool(getattr(decoder, "draws", False))
+class Decoder:
+    """Base of all decoders, with what a decoder need not say.
+
+    draws:      static, whether it needs a key at temperature 0, too.
+    edits:      static, whether it also replaces tokens that it wrote.
+    post_steps: static, the most forwards that a block may take after its last mask went.
+    """
+
+    draws: bool = False
+    edits: bool = False
+    post_steps: int = 0
+
+    def init(self, block: int, vocab: int) -> Any:
+        """The state before a row's first forward."""
+        del block, vocab
+        return ()
+
+    def step(self, state: Any, look: Look) -> tuple[Any, Verdict]:
+        raise NotImplementedError
 
 
-def edits(decoder: Decoder) -> bool:
-    """Whether the decoder replaces tokens that it accepted."""
-    return bool(getattr(decoder, "edits", False))
+def write(look: Look, tokens: jax.Array, accept: jax.Array) -> Verdict:
+    """The verdict of a decoder that writes tokens int32 `[S]` where accept bool `[S]` says, and is done without masks."""
+    now = jnp.where(accept, tokens, look.tokens)
+    return Verdict(
+        tokens=now,
+        proposals=tokens,
+        confidence=probability(look.logits, now, look.mask_id),
+        done=~jnp.any(look.open & (now == look.mask_id)),
+        stop=jnp.bool_(False),
+    )
 
 
-def post_steps(decoder: Decoder) -> int:
-    """How many forwards, at most, a block takes after its last mask went: 0 for a decoder that does not edit."""
-    return decoder.post_steps if edits(decoder) else 0
+def check_decoder(value: Any, name: str) -> None:
+    """Raise `OptionError` unless `value` is a decoder: an instance of a class that extends `Decoder`, and a pytree."""
+    if not isinstance(value, Decoder):
+        raise OptionError(
+            f"{name}: expected a decoder of djax, such as djax.Threshold(0.9), or of a class that extends djax.Decoder; "
+            f"got {value!r}"
+        )
 
 
 def check_inner(decoder: Any) -> None:
-    """Check, in its `__post_init__`, the decoder that a decoder holds: it must not edit, since only the outermost is asked."""
+    """Check, in its `__post_init__`, the decoder that a decoder holds: one that edits is not held, since what holds it would
+    have to know which of its writes replace."""
     if type(decoder.inner) is object:  # jax rebuilds plugs with placeholders in their fields
         return
     name = f"{type(decoder).__name__}(inner=...)"
-    plug(decoder.inner, name, ("init", "step"), "the decoders of djax, such as djax.Threshold(0.9)")
-    if edits(decoder.inner):
+    check_decoder(decoder.inner, name)
+    if decoder.inner.edits:
         raise OptionError(f"{name}: expected a decoder that does not edit, such as djax.Threshold(0.9); got {decoder.inner!r}")
 
 
-def candidates(
-    logits: jax.Array, masked: jax.Array, tick: Tick, key: jax.Array | None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The token each position proposes, int32 `[B, S]`; its confidence, float32; and whether it is a candidate, bool.
+def candidates(look: Look) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The token each position proposes, int32 `[S]`; its confidence, float32; and whether it is a candidate, bool.
 
     The token is the argmax of the logits, with Gumbel noise scaled by the temperature if there is a key; the confidence
     is its probability under the logits without noise (LLaDA, arXiv 2502.09992; dInfer). A masked position that proposes
@@ -99,28 +152,29 @@ def candidates(
     row still goes on; dInfer loops forever there. Ties go to the lower token id. Where the logits are not finite nothing
     is a candidate: such a model ends at the cap on turns with an error, not with an answer.
     """
-    if key is None:
-        found = peaks(logits, tick.mask_id)
+    logits, masked, mask_id = look.logits, look.masked, look.mask_id
+    if look.key is None:
+        found = peaks(logits, mask_id)
         other, highest, of_mask_id, _ = found
     else:
-        noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:], logits.dtype, mode="low"))(key)
-        other, highest, of_mask_id = _two_best(logits + tick.temperature * noise, tick.mask_id)
-    is_mask = (of_mask_id > highest) | ((of_mask_id == highest) & (tick.mask_id < other))
+        noise = jax.random.gumbel(look.key, logits.shape, logits.dtype, mode="low")
+        other, highest, of_mask_id = _two_best(logits + look.temperature * noise, mask_id)
+    is_mask = (of_mask_id > highest) | ((of_mask_id == highest) & (mask_id < other))
     candidate = masked & ~is_mask
-    stuck = ~jnp.any(candidate, axis=-1, keepdims=True)
+    stuck = ~jnp.any(candidate)
     takes_mask = is_mask & ~stuck
-    tokens = jnp.where(takes_mask, tick.mask_id, other)
-    if key is None:
+    tokens = jnp.where(takes_mask, mask_id, other)
+    if look.key is None:
         # The chosen token's logit is at hand.
         confidence = found.share(jnp.where(takes_mask, of_mask_id, highest))
     else:
-        confidence = probability(logits, tokens, tick.mask_id)
+        confidence = probability(logits, tokens, mask_id)
     return tokens, confidence, (candidate | (masked & stuck)) & ~jnp.isnan(confidence)
 
 
 class Peaks(NamedTuple):
-    """Of each position's logits: the likeliest token beside the mask id, int32, the lowest id on ties; its logit and the mask
-    id's; the sum of all exponentials, shifted by the higher of the two. All `[B, S]`."""
+    """Of each position's logits: the likeliest token besides the mask id, int32, the lowest id on ties; its logit and the mask
+    id's; the sum of all exponentials, shifted by the higher of the two. All `[S]`."""
 
     other: jax.Array
     highest: jax.Array
@@ -128,12 +182,13 @@ class Peaks(NamedTuple):
     total: jax.Array
 
     def share(self, chosen: jax.Array) -> jax.Array:
-        """exp(chosen logit) of the sum of all exponentials."""
+        """exp(chosen logit) over the sum of all exponentials."""
         return jnp.exp(chosen - jnp.maximum(self.highest, self.of_mask_id)) / self.total
 
 
 def peaks(logits: jax.Array, mask_id: jax.Array) -> Peaks:
-    """See `Peaks`. On a CPU one C++ function visits the vocabulary, where it can be had; XLA makes five passes over it."""
+    """See `Peaks`; logits float32 `[..., V]`. On a CPU a fused C++ kernel does this in one pass when available; XLA needs
+    five."""
     vocab = logits.shape[-1]
     if vocab % 16 or logits.dtype != jnp.float32 or split() or native.why_not(logits.dtype) is not None:
         return _plain_peaks(logits, mask_id)
@@ -146,12 +201,26 @@ def _plain_peaks(logits: jax.Array, mask_id: jax.Array) -> Peaks:
     return Peaks(other, highest, of_mask_id, jnp.sum(jnp.exp(logits - top[..., None]), axis=-1))
 
 
-@jax.custom_vjp
-def _peaks_on_cpu(logits: jax.Array, mask_id: jax.Array) -> Peaks:
+@jax.custom_batching.custom_vmap
+def _fused_peaks(logits: jax.Array, mask_id: jax.Array) -> Peaks:
     flat = logits.reshape(-1, logits.shape[-1])
     whole, real = (jax.ShapeDtypeStruct((len(flat),), dtype) for dtype in (jnp.int32, jnp.float32))
-    run = jax.ffi.ffi_call(native.target("djax_peaks", flat.dtype), (whole, real, real, real), vmap_method="sequential")
+    run = jax.ffi.ffi_call(native.target("djax_peaks", flat.dtype), (whole, real, real, real))
     return Peaks(*(a.reshape(logits.shape[:-1]) for a in run(flat, mask_id)))
+
+
+@_fused_peaks.def_vmap
+def _flatten_peaks(size: int, batched: list, logits: jax.Array, mask_id: jax.Array) -> tuple[Peaks, Peaks]:
+    """All rows in one call of the kernel, which takes rows of logits and one mask id."""
+    if batched == [True, False]:
+        return _fused_peaks(logits, mask_id), Peaks(*[True] * 4)
+    mapped = jax.vmap(_plain_peaks, [0 if one else None for one in batched])
+    return mapped(logits, mask_id), Peaks(*[True] * 4)
+
+
+@jax.custom_vjp
+def _peaks_on_cpu(logits: jax.Array, mask_id: jax.Array) -> Peaks:
+    return _fused_peaks(logits, mask_id)
 
 
 _peaks_on_cpu.defvjp(
@@ -160,15 +229,15 @@ _peaks_on_cpu.defvjp(
 
 
 def _two_best(logits: jax.Array, mask_id: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The likeliest token beside the mask id, its logit and the mask id's."""
-    is_mask_id = (jnp.arange(logits.shape[-1]) == mask_id)[None, None, :]
+    """The likeliest token besides the mask id, its logit and the mask id's."""
+    is_mask_id = jnp.expand_dims(jnp.arange(logits.shape[-1]) == mask_id, range(logits.ndim - 1))
     other, highest = best(jnp.where(is_mask_id, -jnp.inf, logits))
     # By a reduction: of a vocabulary that is split over devices a gather would fetch it in a step of its own.
     return other, highest, jnp.max(jnp.where(is_mask_id, logits, -jnp.inf), axis=-1)
 
 
 def best(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The token of the highest logit, int32 `[B, S]`, the lowest id on ties, and that logit.
+    """The token of the highest logit, int32 `[...]` for logits `[..., V]`, the lowest id on ties, and that logit.
 
     Two plain reductions: XLA's own argmax carries value and index together, which no CPU vectorises (five times as slow
     at a vocabulary of 32,000). Ids are exact in float32 below 2**23. Where a logit is NaN the token is the last id.
@@ -190,9 +259,9 @@ def best_and_probability(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def probability(logits: jax.Array, tokens: jax.Array, mask_id: jax.Array) -> jax.Array:
-    """softmax(logits)[tokens], float32 `[B, S]`.
+    """softmax(logits)[tokens], float32 `[...]`.
 
-    By the `peaks` that `candidates` asks for: beside a decoder that does, XLA then sums the exponentials once.
+    From the same `peaks` as `candidates`: XLA then sums the exponentials once for both.
     """
     return peaks(logits, mask_id).share(jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0])
 
@@ -204,11 +273,11 @@ def _share(chosen: jax.Array, logits: jax.Array, top: jax.Array) -> jax.Array:
 
 
 def by_confidence(confidence: jax.Array, candidate: jax.Array) -> jax.Array:
-    """Each position's rank among its row's candidates, 0 the surest, ties to the lower position; the others come last."""
-    order = jnp.argsort(jnp.where(candidate, -confidence, jnp.inf), axis=-1, stable=True)
-    return jnp.argsort(order, axis=-1)
+    """Each position's rank among the candidates, 0 the surest, ties to the lower position; the others come last."""
+    order = jnp.argsort(jnp.where(candidate, -confidence, jnp.inf), stable=True)
+    return jnp.argsort(order)
 
 
 def first_best(confidence: jax.Array) -> jax.Array:
-    """Bool `[B, S]`: each row's highest value, the first if there are several."""
-    return jnp.arange(confidence.shape[1])[None, :] == jnp.argmax(confidence, axis=-1, keepdims=True)
+    """Bool `[S]`: the highest value, the first if there are several."""
+    return jnp.arange(len(confidence)) == jnp.argmax(confidence)

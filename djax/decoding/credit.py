@@ -3,18 +3,17 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from djax.checks import number
-from djax.decoding.contract import Decoder, Tick, best_and_probability, check_inner, draws
+from djax.decoding.contract import Decoder, Look, Verdict, best_and_probability, check_inner, probability
 from djax.decoding.threshold import Threshold
 from djax.pytree import pytree
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class Credit:
+class Credit(Decoder):
     """Add credit to the logits of tokens that were top before, then let `inner` decide (arXiv 2510.06133; dInfer).
 
     At each decode call of a block the credit C `[S, V]` decays, C *= beta; each masked position's raw top token gains
@@ -34,22 +33,21 @@ class Credit:
         number(self, "beta", at_least=0.0, at_most=1.0)
 
     @property
-    def draws(self) -> bool:
-        return draws(self.inner)
+    def draws(self) -> bool:  # type: ignore[override]
+        return self.inner.draws
 
-    def init(self, rows: int, block: int, vocab: int) -> tuple:
-        return jnp.zeros((rows, block, vocab), jnp.float32), self.inner.init(rows, block, vocab)
+    def init(self, block: int, vocab: int) -> tuple:
+        return jnp.zeros((block, vocab), jnp.float32), self.inner.init(block, vocab)
 
-    def step(
-        self, state: Any, logits: jax.Array, masked: jax.Array, tick: Tick, key: jax.Array | None
-    ) -> tuple[Any, jax.Array, jax.Array]:
+    def step(self, state: Any, look: Look) -> tuple[Any, Verdict]:
         credit, inner_state = state
-        top, p = best_and_probability(logits)
-        gain = jnp.where(masked, p**self.gamma, 0.0)
-        fresh = (tick.call == 0)[:, None, None]
-        credit = jnp.where(fresh, 0.0, self.beta * credit)
-        is_top = jnp.arange(logits.shape[-1])[None, None, :] == top[..., None]
-        credit = credit + jnp.where(is_top, gain[..., None], 0.0)
-        fused = logits + self.alpha * jnp.log1p(credit)
-        inner_state, tokens, accept = self.inner.step(inner_state, fused, masked, tick, key)
-        return (credit, inner_state), tokens, accept
+        top, p = best_and_probability(look.logits)
+        gain = jnp.where(look.masked, p**self.gamma, 0.0)
+        credit = jnp.where(look.tick.call == 0, 0.0, self.beta * credit)
+        is_top = jnp.arange(look.logits.shape[-1])[None, :] == top[:, None]
+        credit = credit + jnp.where(is_top, gain[:, None], 0.0)
+        fused = look.logits + self.alpha * jnp.log1p(credit)
+        inner_state, verdict = self.inner.step(inner_state, look._replace(logits=fused))
+        # Credit moves what is chosen; how sure the model is of it, it says itself.
+        sure = probability(look.logits, verdict.tokens, look.mask_id)
+        return (credit, inner_state), verdict._replace(confidence=sure)

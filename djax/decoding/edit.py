@@ -3,18 +3,17 @@
 import dataclasses
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 
 from djax.checks import integer, number
-from djax.decoding.contract import Decoder, Tick, best_and_probability, check_inner, draws
+from djax.decoding.contract import Decoder, Look, Verdict, best_and_probability, check_inner, probability
 from djax.decoding.threshold import Threshold
 from djax.pytree import pytree
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class Edit:
+class Edit(Decoder):
     """Let `inner` accept, and replace each accepted token of the block where another is likeliest, with p > tau (LLaDA2.1,
     arXiv 2602.08676).
 
@@ -37,20 +36,29 @@ class Edit:
         integer(self, "post_steps", at_least=0, at_most=1024)
 
     @property
-    def draws(self) -> bool:
-        return draws(self.inner)
+    def draws(self) -> bool:  # type: ignore[override]
+        return self.inner.draws
 
-    def init(self, rows: int, block: int, vocab: int) -> Any:
-        return self.inner.init(rows, block, vocab)
+    def init(self, block: int, vocab: int) -> Any:
+        """How many forwards of the block began without a mask, and inner's state."""
+        return jnp.int32(0), self.inner.init(block, vocab)
 
-    def step(
-        self, state: Any, logits: jax.Array, masked: jax.Array, tick: Tick, key: jax.Array | None
-    ) -> tuple[Any, jax.Array, jax.Array]:
-        return self.inner.step(state, logits, masked, tick, key)
-
-    def edit(self, logits: jax.Array, tokens: jax.Array, editable: jax.Array, tick: Tick) -> tuple[jax.Array, jax.Array]:
-        """The likeliest token of each position. Where that is the mask id, or where the logits are not finite, what stands
-        there stays. Like every comparing decoder it does not go below smoothing's ramp."""
-        likeliest, p = best_and_probability(logits)
-        surer = p > jnp.maximum(self.tau, tick.least[:, None])
-        return likeliest, editable & surer & (likeliest != tokens) & (likeliest != tick.mask_id)
+    def step(self, state: Any, look: Look) -> tuple[Any, Verdict]:
+        """The likeliest token of each position replaces what stands there. Where that is the mask id, or where the logits are
+        not finite, nothing changes. Like every comparing decoder it does not go below smoothing's ramp."""
+        post, inner_state = state
+        post = jnp.where(look.tick.call == 0, 0, post)
+        inner_state, verdict = self.inner.step(inner_state, look)
+        likeliest, p = best_and_probability(look.logits)
+        editable = look.open & (look.tokens != look.mask_id) & (post < self.post_steps)
+        surer = p > jnp.maximum(self.tau, look.floor)
+        replace = editable & surer & (likeliest != look.tokens) & (likeliest != look.mask_id)
+        now = jnp.where(replace, likeliest, verdict.tokens)
+        post = post + ~jnp.any(look.masked)
+        settled = jnp.all(now == look.tokens) | (post >= self.post_steps)
+        return (post, inner_state), verdict._replace(
+            tokens=now,
+            proposals=jnp.where(editable, likeliest, verdict.proposals),
+            confidence=probability(look.logits, now, look.mask_id),
+            done=verdict.done & settled,
+        )

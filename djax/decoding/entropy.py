@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from djax.checks import number
-from djax.decoding.contract import Tick, candidates, first_best
+from djax.decoding.contract import Decoder, Look, Verdict, candidates, first_best, write
 from djax.pytree import pytree
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class Entropy:
+class Entropy(Decoder):
     """Accept each candidate whose entropy, in nats, is at most theta, and always the row's lowest (dParallel, 2509.26488).
 
     theta at least 0. Ties for the lowest go to the lower position.
@@ -24,14 +24,8 @@ class Entropy:
     def __post_init__(self) -> None:
         number(self, "theta", at_least=0.0)
 
-    def init(self, rows: int, block: int, vocab: int) -> tuple:
-        del rows, block, vocab
-        return ()
-
-    def step(
-        self, state: Any, logits: jax.Array, masked: jax.Array, tick: Tick, key: jax.Array | None
-    ) -> tuple[Any, jax.Array, jax.Array]:
-        tokens, _, candidate = candidates(logits, masked, tick, key)
-        p = jax.nn.softmax(logits, axis=-1)
-        entropy = jnp.where(candidate, -jnp.sum(p * jax.nn.log_softmax(logits, axis=-1), axis=-1), jnp.inf)
-        return state, tokens, candidate & ((entropy <= self.theta) | first_best(-entropy))
+    def step(self, state: Any, look: Look) -> tuple[Any, Verdict]:
+        tokens, _, candidate = candidates(look)
+        p = jax.nn.softmax(look.logits, axis=-1)
+        entropy = jnp.where(candidate, -jnp.sum(p * jax.nn.log_softmax(look.logits, axis=-1), axis=-1), jnp.inf)
+        return state, write(look, tokens, candidate & ((entropy <= self.theta) | first_best(-entropy)))

@@ -3,16 +3,14 @@
 import dataclasses
 from typing import Any
 
-import jax
-
 from djax.checks import number
-from djax.decoding.contract import Tick, by_confidence, candidates
+from djax.decoding.contract import Decoder, Look, Verdict, by_confidence, candidates, write
 from djax.pytree import pytree
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class Factor:
+class Factor(Decoder):
     """Accept the n surest candidates, n the largest with (n + 1) * (1 - c_n) < f, and at least one (Fast-dLLM, 2505.22618).
 
     c_n is the n-th highest confidence of the row: the more tokens go at once, the surer the last must be. f above 0.
@@ -23,15 +21,9 @@ class Factor:
     def __post_init__(self) -> None:
         number(self, "f", above=0.0)
 
-    def init(self, rows: int, block: int, vocab: int) -> tuple:
-        del rows, block, vocab
-        return ()
-
-    def step(
-        self, state: Any, logits: jax.Array, masked: jax.Array, tick: Tick, key: jax.Array | None
-    ) -> tuple[Any, jax.Array, jax.Array]:
-        tokens, confidence, candidate = candidates(logits, masked, tick, key)
+    def step(self, state: Any, look: Look) -> tuple[Any, Verdict]:
+        tokens, confidence, candidate = candidates(look)
         rank = by_confidence(confidence, candidate)
         # Both factors grow with the rank, so the positions that pass are just the first n.
         passes = (rank + 2) * (1 - confidence) < self.f
-        return state, tokens, candidate & (passes | (rank == 0))
+        return state, write(look, tokens, candidate & (passes | (rank == 0)))

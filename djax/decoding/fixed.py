@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from djax.checks import integer, one_of
-from djax.decoding.contract import Tick, by_confidence, candidates
+from djax.decoding.contract import Decoder, Look, Verdict, by_confidence, candidates, write
 from djax.errors import OptionError
 from djax.pytree import pytree
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class Fixed:
+class Fixed(Decoder):
     """Accept the `per_step` surest candidates, or spread each block's masks over `steps` forwards (LLaDA, arXiv 2502.09992).
 
     per_step: candidates a forward; 1 if neither is given. Fewer are accepted where a row has fewer candidates.
@@ -38,24 +38,23 @@ class Fixed:
             raise OptionError(f"Fixed(per_step=..., steps=...): expected one of the two, got {self.per_step} and {self.steps}")
 
     @property
-    def draws(self) -> bool:
+    def draws(self) -> bool:  # type: ignore[override]
         return self.order == "random"
 
-    def init(self, rows: int, block: int, vocab: int) -> Any:
-        """The masks each row's block began with, where they set the pace."""
+    def init(self, block: int, vocab: int) -> Any:
+        """The masks the block began with, where they set the pace."""
         del block, vocab
-        return () if self.steps is None else jnp.zeros(rows, jnp.int32)
+        return () if self.steps is None else jnp.int32(0)
 
-    def step(
-        self, state: Any, logits: jax.Array, masked: jax.Array, tick: Tick, key: jax.Array | None
-    ) -> tuple[Any, jax.Array, jax.Array]:
-        tokens, confidence, candidate = candidates(logits, masked, tick, key)
+    def step(self, state: Any, look: Look) -> tuple[Any, Verdict]:
+        tokens, confidence, candidate = candidates(look)
         if self.order == "random":
             # Folded in, so that the order says nothing about the noise that chose the tokens.
-            confidence = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 1), masked.shape[1:]))(key)
+            confidence = jax.random.uniform(jax.random.fold_in(look.key, 1), look.tokens.shape)
         if self.steps is None:
-            count = jnp.full(masked.shape[:1], self.per_step)
+            count = self.per_step
         else:
-            state = jnp.where(tick.call == 0, jnp.sum(masked, axis=-1, dtype=jnp.int32), state)
-            count = jnp.maximum(1, state // self.steps + (tick.call < state % self.steps))
-        return state, tokens, candidate & (by_confidence(confidence, candidate) < count[:, None])
+            call = look.tick.call
+            state = jnp.where(call == 0, jnp.sum(look.masked, dtype=jnp.int32), state)
+            count = jnp.maximum(1, state // self.steps + (call < state % self.steps))
+        return state, write(look, tokens, candidate & (by_confidence(confidence, candidate) < count))

@@ -3,18 +3,17 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from djax.checks import number
-from djax.decoding.contract import Tick, candidates, first_best
+from djax.decoding.contract import Decoder, Look, Verdict, candidates, first_best, write
 from djax.errors import OptionError
 from djax.pytree import pytree
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class Hierarchy:
+class Hierarchy(Decoder):
     """Accept the best of each run of neighbouring masks if it exceeds low, any candidate that exceeds high, and the row's best.
 
     Runs are found anew at each call, which is the whole recursion (dInfer, HierarchyDecoder). Both comparisons are
@@ -30,24 +29,19 @@ class Hierarchy:
         if isinstance(self.high, float) and isinstance(self.low, float) and self.low >= self.high:
             raise OptionError(f"Hierarchy(high=..., low=...): expected low below high, got low={self.low}, high={self.high}")
 
-    def init(self, rows: int, block: int, vocab: int) -> tuple:
-        del rows, block, vocab
-        return ()
-
-    def step(
-        self, state: Any, logits: jax.Array, masked: jax.Array, tick: Tick, key: jax.Array | None
-    ) -> tuple[Any, jax.Array, jax.Array]:
-        tokens, confidence, candidate = candidates(logits, masked, tick, key)
+    def step(self, state: Any, look: Look) -> tuple[Any, Verdict]:
+        tokens, confidence, candidate = candidates(look)
+        masked = look.masked
         confidence = jnp.where(masked, confidence, -jnp.inf)
-        run = jnp.cumsum(masked & ~jnp.pad(masked, ((0, 0), (1, 0)))[:, :-1], axis=1)
-        at = jnp.arange(masked.shape[1])
-        others = (run[:, :, None] == run[:, None, :]) & masked[:, None, :] & (at[:, None] != at[None, :])[None]
+        run = jnp.cumsum(masked & ~jnp.pad(masked, (1, 0))[:-1])
+        at = jnp.arange(len(masked))
+        others = (run[:, None] == run[None, :]) & masked[None, :] & (at[:, None] != at[None, :])
         # A position that proposes the mask id keeps its rank, as in dInfer: it is not accepted, and nor is a less sure
         # neighbour in its stead. Only if that leaves the row with nothing does the best candidate go.
-        surer = jnp.any(others & (confidence[:, None, :] > confidence[:, :, None]), axis=-1)
-        high = jnp.maximum(self.high, tick.least[:, None])
+        surer = jnp.any(others & (confidence[None, :] > confidence[:, None]), axis=-1)
+        high = jnp.maximum(self.high, look.floor)
         chosen = (~surer & (confidence > self.low)) | (confidence > high)
         accept = candidate & (chosen | first_best(confidence))
-        none = ~jnp.any(accept, axis=-1, keepdims=True)
+        none = ~jnp.any(accept)
         best = candidate & first_best(jnp.where(candidate, confidence, -jnp.inf))
-        return state, tokens, accept | (none & best)
+        return state, write(look, tokens, accept | (none & best))

@@ -3,17 +3,16 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from djax.checks import number
-from djax.decoding.contract import Tick, candidates, first_best
+from djax.decoding.contract import Decoder, Look, Verdict, candidates, first_best, write
 from djax.pytree import pytree
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class Threshold:
+class Threshold(Decoder):
     """Accept each candidate whose confidence reaches tau, and always the row's best (Fast-dLLM, arXiv 2505.22618; dInfer).
 
     tau:   above 0. Above 1 it is never reached: then one token a forward is accepted, up to the slack.
@@ -29,16 +28,10 @@ class Threshold:
         number(self, "tau", above=0.0)
         number(self, "slack", at_least=0.0)
 
-    def init(self, rows: int, block: int, vocab: int) -> tuple:
-        del rows, block, vocab
-        return ()
-
-    def step(
-        self, state: Any, logits: jax.Array, masked: jax.Array, tick: Tick, key: jax.Array | None
-    ) -> tuple[Any, jax.Array, jax.Array]:
-        tokens, confidence, candidate = candidates(logits, masked, tick, key)
+    def step(self, state: Any, look: Look) -> tuple[Any, Verdict]:
+        tokens, confidence, candidate = candidates(look)
         confidence = jnp.where(candidate, confidence, -jnp.inf)
-        best = jnp.max(confidence, axis=-1, keepdims=True)
-        reaches = confidence >= jnp.maximum(self.tau, tick.least[:, None])
+        best = jnp.max(confidence)
+        reaches = confidence >= jnp.maximum(self.tau, look.floor)
         ties = (confidence >= best - self.slack) & (self.slack > 0)
-        return state, tokens, candidate & (reaches | ties | first_best(confidence))
+        return state, write(look, tokens, candidate & (reaches | ties | first_best(confidence)))
