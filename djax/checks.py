@@ -184,28 +184,29 @@ def boolean(value: Any, name: str) -> bool:
     return plain
 
 
-def path(value: Any, name: str, kind: type[DjaxError] = OptionError) -> Path:
-    """`value` as a path, with a leading ~ expanded; `OptionError` for what is no path, `kind` for one that cannot exist."""
+def path(value: Any, name: str) -> Path:
+    """`value` as a path, with a leading ~ expanded, or `OptionError`."""
+    return Path(path_text(value, name)).expanduser()
+
+
+def path_text(value: Any, name: str, kind: type[DjaxError] = OptionError) -> str:
+    """`value` as the text of a path, there or not; `OptionError` for what is no path, `kind` for one that cannot be."""
     with reading(name):
         if not isinstance(value, str | os.PathLike):
             raise OptionError(f"{name}: expected a path, got {show(value)} of type {type_name(value)}")
-        plain = os.fspath(value)
-        if not isinstance(plain, str):
-            raise OptionError(f"{name}: expected a path as text, got {show(plain)} of type {type_name(plain)}")
-        plain = str.__str__(plain)
+        plain = plain_text(os.fspath(value))
+        if plain is None:
+            raise OptionError(f"{name}: expected a path as text, got {show(value)} of type {type_name(value)}")
     try:
-        os.fsencode(plain)
-        found = Path(plain).expanduser()
-        if "\0" in plain:
-            raise ValueError("it contains a null character")
-        os.stat(found)
-    except (ValueError, RuntimeError) as error:
-        raise kind(f"{name}: no path can be {show(plain)}: {error}") from error
+        os.stat(Path(plain).expanduser())
     except (FileNotFoundError, NotADirectoryError):
         pass
+    # ValueError is for null characters and lone surrogates, RuntimeError for the home of a user who has none.
+    except (ValueError, RuntimeError) as error:
+        raise kind(f"{name}: {show(plain)} is no path: {error}") from error
     except OSError as error:
         raise kind(f"{name}: {show(plain)} cannot be used: {error.strerror}") from error
-    return found
+    return plain
 
 
 def plug(value: Any, name: str, methods: tuple[str, ...], there_are: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from djax.checks import path
 from djax.errors import OptionError
 
 ENVIRONMENT = "DJAX_COMPILE_CACHE"
@@ -25,6 +26,7 @@ def compile_cache(directory: str | os.PathLike | None) -> None:
     """
     global _decided
     if directory is not None:
+        directory = path(directory, "directory")
         directory = private_directory(directory)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -138,9 +138,10 @@ def logits(model: Model, tokens: Any, lengths: Any = None, *, block_length: int 
     that the mask shows gets what its row alone gets. Without lengths or mask an array is refused if its rows begin, or end with
     a pad id that is not EOS, in different numbers.
 
-    block_length: for block-causal families (LLaDA2), a position sees its own block of this length and those before it; None lets all see all. Raises `PromptError` for another shape or an id outside the vocabulary,
-    `CanvasError` for more positions than the model has, `BatchError` for logits that do not fit the device, `OptionError` for a
-    block_length that means nothing here.
+    block_length: for block-causal families (LLaDA2), a position sees its own block of this length and those before it; None
+    lets all see all. Raises `PromptError` for another shape or an id outside the vocabulary, `CanvasError` for more positions
+    than the model has, `BatchError` for logits that do not fit the device, `OptionError` for a block_length that means nothing
+    here.
     """
     known_model(model)
     if block_length is not None:

@@ -163,7 +163,8 @@ def refuse_padded(
             most, least = int(runs.argmax()), int(runs.argmin())
             named = ", ".join(map(str, sorted(ids)))
             raise PromptError(
-                f"{name}: row {most} {side} with {runs[most]} pad ids ({named}), row {least} with {runs[least]}: padding would be read as text; {cure}, which are taken literally"
+                f"{name}: row {most} {side} with {runs[most]} pad ids ({named}), row {least} with {runs[least]}: "
+                f"padding would be read as text; {cure}, which are taken literally"
             )
 
 
