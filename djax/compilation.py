@@ -27,7 +27,10 @@ def compile_cache(directory: str | os.PathLike | None) -> None:
     global _decided
     if directory is not None:
         directory = path(directory, "directory")
-        directory = private_directory(directory)
+        try:
+            directory = private_directory(directory)
+        except OSError as error:
+            raise OptionError(f"compile cache {directory}: cannot be used: {error.strerror}") from error
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     jax.config.update("jax_compilation_cache_dir", directory and str(directory))

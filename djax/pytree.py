@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from djax.checks import show
+from djax.checks import reading, show
 from djax.errors import OptionError
 
 T = TypeVar("T", bound=type)
@@ -21,7 +21,9 @@ def pytree(cls: T) -> T:
     leaves and static values agree (jax 0.10.2): then `jit`, whose caches go by that equality, now and then runs the
     program of another class, a threshold's for a hierarchy, and nothing tells.
     """
-    if not dataclasses.is_dataclass(cls) or not isinstance(cls, type):
+    with reading("pytree"):
+        given = issubclass(type(cls), type) and dataclasses.is_dataclass(cls)
+    if not given:
         raise OptionError(f"pytree: expected a dataclass, got {show(cls)}; write @djax.pytree above @dataclasses.dataclass")
     leaves, static = [], []
     for field in dataclasses.fields(cls):
