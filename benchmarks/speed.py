@@ -169,22 +169,24 @@ class _Static:
 def _step(
     params: Any, tokens: jax.Array, kept: Any, left: jax.Array, start: jax.Array, *, width: int, model: _Static
 ) -> tuple[jax.Array, Any]:
-    from djax.decoding.contract import Tick
+    from djax.decoding.contract import Look, Tick
     from djax.models.layers import Cache
 
     family, config = model.family, model.config
     length = tokens.shape[1]
-    everywhere, zero = jnp.arange(length)[None], jnp.zeros(1, jnp.int32)
+    everywhere, zero = jnp.arange(length)[None], jnp.int32(0)
     at = left + jnp.arange(width)[None]
     here = jnp.take_along_axis(tokens, jnp.clip(at, 0, length - 1), axis=1)
     cache = kept and Cache(kept, (everywhere < left) | (everywhere >= left + width))
     x, fresh = family.trunk(params, config, family.embed(params, config, here), at, at < length, cache)
     x = jax.lax.dynamic_slice_in_dim(x, start - left, BLOCK, axis=1)
     block = jax.lax.dynamic_slice_in_dim(tokens, start, BLOCK, axis=1)
-    tick = Tick(zero, zero, zero, zero, jnp.full(1, -jnp.inf), jnp.int32(config.mask_id), jnp.float32(0))
+    tick = Tick(zero, zero, zero, zero)
     logits = family.unembed(params, config, x)
-    _, chosen, accept = djax.Fixed(4).step((), logits, block == config.mask_id, tick, None)
-    return jax.lax.dynamic_update_slice_in_dim(tokens, jnp.where(accept, chosen, block), start, axis=1), fresh
+    none, open_ = jnp.float32(-jnp.inf), jnp.ones(BLOCK, bool)
+    look = Look(logits[0], block[0], open_, left + jnp.arange(BLOCK), tick, jnp.int32(config.mask_id), none, none, None)
+    _, verdict = djax.Fixed(4).step((), look)
+    return jax.lax.dynamic_update_slice_in_dim(tokens, verdict.tokens[None], start, axis=1), fresh
 
 
 def machine() -> dict[str, float]:

@@ -1,22 +1,24 @@
 """Programs made before they are needed: compiled into the cache, or exported as a file that runs without djax."""
 
+import dataclasses
 import importlib.util
 import json
 import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save_file
 
 from djax import native
-from djax.checks import whole_number
+from djax.checks import plain_text, show, whole_number, word
 from djax.compilation import enable_cache
 from djax.directories import free, new_directory
 from djax.errors import OptionError
 from djax.generate import ask, compiled
-from djax.model import Model, computing
+from djax.model import Model, computing, known_model
 from djax.process import with_own_settings
 from djax.program import Request, Rows, decode
 from djax.request import Asked
@@ -63,11 +65,10 @@ def export_program(
     options are `generate`'s. The directory must not exist and appears whole or not at all. Raises `OptionError` for an unknown
     platform, for a model on a mesh, and where the package flatbuffers is not installed.
     """
+    known_model(model)
     free(directory)  # before anything is traced
     platform = jax.default_backend() if platform is None else platform
-    platform = "cuda" if platform == "gpu" else platform
-    if platform not in PLATFORMS:
-        raise OptionError(f"platform: expected one of {', '.join(PLATFORMS)}, got {platform!r}")
+    platform = word("cuda" if plain_text(platform) == "gpu" else platform, "platform", PLATFORMS)
     if importlib.util.find_spec("flatbuffers") is None:
         raise OptionError(
             "export_program: jax writes its exports with flatbuffers, which is not installed; pip install flatbuffers"
@@ -75,26 +76,26 @@ def export_program(
     if model.mesh is not None:
         raise OptionError("export_program: expected a model on one device, this one lies on a mesh; load it without one")
     asked = _asked(model, prompt_length, rows, options, "export_program")
-    (request,), (numbers, plugs) = asked.asks, jax.tree.flatten(asked.plugs)
+    (request,), numbers = asked.asks, jax.tree.leaves(asked.plugs)
+    spec, request = asked.spec(model, request), request._replace(numbers=())
     parameters = {".".join(path): leaf for path, leaf in traverse_util.flatten_dict(model.params).items()}
     numbers = [np.asarray(n, np.float32 if isinstance(n, float) else np.int32) for n in numbers]
 
     def program(parameters: dict[str, Any], request: dict[str, Any], numbers: list[Any]) -> dict[str, Any]:
         params = traverse_util.unflatten_dict(parameters, sep=".")
-        statics = dict(family=model.family, config=model.config, block=asked.block(asked.asks[0]))
-        out: Rows = decode(
-            *(params, Request(**request), *jax.tree.unflatten(plugs, numbers)), **statics, sampled=asked.sampled, traced=False
-        )
+        each = tuple(jnp.broadcast_to(n, (len(request["prompt"]), *n.shape)) for n in numbers)
+        out: Rows = decode(params, Request(**request, numbers=each), spec=dataclasses.replace(spec, traced=False))
         return {name: getattr(out, name) for name in _RESULTS}
 
-    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (parameters, request._asdict(), numbers))
+    fields = {name: value for name, value in request._asdict().items() if name != "numbers"}
+    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (parameters, fields, numbers))
     allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in _UNPROMISED]
     with computing(model), native.portable():
         exported = jax.export.export(jax.jit(program), platforms=[platform], disabled_checks=allowed)(*arguments)
     manifest = {
         "jax": jax.__version__,
         "platform": platform,
-        "request": {name: {"shape": list(a.shape), "dtype": str(a.dtype)} for name, a in request._asdict().items()},
+        "request": {name: {"shape": list(a.shape), "dtype": str(a.dtype)} for name, a in fields.items()},
         "numbers": [n.item() for n in numbers],
         "decoder, cache, smoothing": [repr(p) for p in asked.plugs],
         "mask_id": model.config.mask_id,
@@ -109,9 +110,11 @@ def export_program(
 
 def _asked(model: Model, prompt_length: int, rows: int, options: dict[str, Any], caller: str) -> Asked:
     """The request of prompts of this length, whose tokens do not matter."""
+    known_model(model)
     prompt_length = whole_number(prompt_length, "prompt_length", at_least=1)
     rows = whole_number(rows, "rows", at_least=1)
     if options.get("max_batch") is not None:
-        raise OptionError(f"max_batch: expected None, the rows of a program are `rows`; got {options['max_batch']!r}")
+        raise OptionError(f"max_batch: expected None, the rows of a program are `rows`; got {show(options['max_batch'])}")
     token = int(model.config.mask_id == 0)  # the one id that no prompt may hold
-    return ask(model, [[token] * prompt_length] * rows, options, caller)
+    # However long and however many, they take no memory before they are found to fit.
+    return ask(model, np.broadcast_to(np.int32(token), (rows, prompt_length)), options, caller)

@@ -17,11 +17,11 @@ from flax import traverse_util
 from jax.sharding import Mesh, Sharding
 
 import djax.models.quantized as quantized
-from djax import sharding
+from djax import checks, sharding
 from djax.convert import orbax_files, rules, safetensors_files
 from djax.directories import new_directory
-from djax.errors import CheckpointError, OptionError
-from djax.model import Model
+from djax.errors import CheckpointError, OptionError, PathError
+from djax.model import Model, known_model
 from djax.models.hf import list_settings
 from djax.process import refuse_transfer_guard, with_own_settings
 from djax.source import DTYPES, MANIFEST, ORBAX, Source, kinds, name_of, opened, shapes, written
@@ -58,9 +58,12 @@ def load(
     be used exactly once and every parameter filled exactly once. Raises `OptionError` (for a mesh that does not fit the
     model, too), `PathError`, `CheckpointError` (with all that is wrong) or `UnsupportedModelError`.
     """
+    path = None if path is None else checks.path_text(path, "path", PathError)
     known_dtype(dtype)
-    if quantize not in (None, "int8"):
-        raise OptionError(f"quantize: expected None or 'int8', got {quantize!r}")
+    if quantize is not None and checks.plain_text(quantize) != "int8":
+        raise OptionError(f"quantize: expected None or 'int8', got {checks.show(quantize)}")
+    if mesh is not None:
+        sharding.check(mesh)
     spoiled: list[str] = []
     with opened(path, dtype, None if known_not_finite(not_finite) == "allow" else finite(spoiled, not_finite)) as source:
         if source.layout == "Orbax" and quantize is None:
@@ -150,6 +153,7 @@ def save(model: Model, directory: str | os.PathLike) -> None:
 
     The directory must not exist; it appears whole or not at all. Raises `OptionError` if it exists, and for a quantised model.
     """
+    known_model(model)
     _as_it_came(model)
     with new_directory(directory) as partial:
         orbax_files.save(partial / ORBAX, model.params)
@@ -198,6 +202,7 @@ def export_hf(model: Model, directory: str | os.PathLike, *, dtype: str | None =
 
     The directory must not exist; it appears whole or not at all. Raises `OptionError` if it exists.
     """
+    known_model(model)
     known_dtype(dtype)
     _as_it_came(model)
     flat = traverse_util.flatten_dict(model.params)
@@ -209,14 +214,12 @@ def export_hf(model: Model, directory: str | os.PathLike, *, dtype: str | None =
 
 
 def known_dtype(dtype: str | None) -> None:
-    if dtype is not None and dtype not in DTYPES:
-        raise OptionError(f"dtype: expected one of {', '.join(DTYPES)}, or None for the checkpoint's own, got {dtype!r}")
+    if dtype is not None:
+        checks.word(dtype, "dtype", tuple(DTYPES), ", or None for the checkpoint's own")
 
 
 def known_not_finite(not_finite: str) -> str:
-    if not_finite not in NOT_FINITE:
-        raise OptionError(f"not_finite: expected one of {', '.join(NOT_FINITE)}, got {not_finite!r}")
-    return not_finite
+    return checks.word(not_finite, "not_finite", NOT_FINITE)
 
 
 def _as_it_came(model: Model) -> None:

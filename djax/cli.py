@@ -197,6 +197,8 @@ class Explain:
     def run(self, console: Console) -> None:
         options = self.decoding.options()
         with working(console, "loading"):
+            import numpy as np
+
             import djax
             from djax.checks import whole_number
 
@@ -205,7 +207,9 @@ class Explain:
             model = djax.load(self.model)
         length = whole_number(64 if self.prompt_length is None else self.prompt_length, "--prompt-length", at_least=1)
         token = int(model.config.mask_id == 0)  # the one id that no prompt may hold
-        print(djax.explain(model, [token] * length if self.question is None else self.question, **options))
+        # However long, it takes no memory before it is found to fit.
+        prompt = np.broadcast_to(np.int32(token), (length,)) if self.question is None else self.question
+        print(djax.explain(model, prompt, **options))
 
 
 @dataclasses.dataclass

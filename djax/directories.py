@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from djax import checks
 from djax.errors import OptionError
-from djax.files import expand_home
 
 _LOCK, _PARTIAL = ".being-written", ".partial"
 
 
 def free(directory: str | os.PathLike) -> Path:
     """The path, if nothing is there yet."""
-    path = expand_home(directory)
+    path = checks.path(directory, "directory")
     if path.exists():
         raise OptionError(f"{path}: already exists; choose another directory or remove it")
     return path
@@ -32,7 +32,10 @@ def new_directory(directory: str | os.PathLike) -> Iterator[Path]:
     its lock. Raises `OptionError` if the directory exists.
     """
     final = free(directory)
-    final.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"{final}: cannot be made: {error.strerror}") from error
     for left in final.parent.glob(f".{glob.escape(final.name)}.*{_PARTIAL}"):
         _remove_if_abandoned(left)
     partial, lock = _begin(final)

@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from djax.decoding.contract import Tick, draws, edits, post_steps
+from djax.checks import show, type_name
+from djax.decoding.contract import Tick
+from djax.errors import OptionError
 from djax.generate import ask
 from djax.model import Model
 from djax.process import with_own_settings
@@ -92,11 +93,11 @@ def _facts(model: Model, asked: Asked, ask: Request, b: int) -> dict[str, str]:
         "legal": f"cache: {has[hasattr(model.family, 'empty_cache')]}; smoothing: "
         f"{has[hasattr(model.family, 'expected_embedding')]}; gen_length: up to {model.config.max_positions - prompt} after "
         f"this prompt; before and after of a cache's window: up to {total}",
-        "decoder": repr(decoder)
-        + (" (draws from the seed)" if draws(decoder) else "")
-        + (f" (edits: up to {post_steps(decoder)} more forwards a block)" if edits(decoder) else ""),
-        "cache": f"{policy}, windows of {window}" if policy.keeps else "None",
-        "smoothing": repr(smoothing),
+        "decoder": show(decoder)
+        + (" (draws from the seed)" if decoder.draws else "")
+        + (f" (edits: up to {decoder.post_steps} more forwards a block)" if decoder.edits else ""),
+        "cache": f"{show(policy)}, windows of {window}" if policy.keeps else "None",
+        "smoothing": show(smoothing),
         "canvas": f"{prompt} of the prompt + {total - prompt} = {total} positions, in a program for {rows} rows of {length}",
         "free to change": f"prompts and lengths up to {length} positions together, seeds, early_stop, {_leaves(asked)}",
         "compiles anew": "what is not listed above: another number of rows, block_length, kind of plug or static number",
@@ -134,7 +135,7 @@ def _blocks(model: Model, asked: Asked, ask: Request, b: int) -> tuple[Block, ..
 def _schedule(model: Model, asked: Asked, ask: Request, b: int, pace: int) -> list[list[Forward]]:
     """The forwards of each block if each accepts `pace` tokens: the turns of the program, for one row, without a model."""
     decoder, policy, smoothing = asked.plugs
-    most = post_steps(decoder) if pace == 1 else min(1, post_steps(decoder))
+    most = decoder.post_steps if pace == 1 else min(1, decoder.post_steps)
     prompt, total, start, block = int(ask.prompt[b]), int(ask.total[b]), int(ask.start[b]), asked.block(ask)
     before, after = reach(policy, ask.tokens.shape[1])
     turns = forwards = index = 0
@@ -144,8 +145,11 @@ def _schedule(model: Model, asked: Asked, ask: Request, b: int, pace: int) -> li
         end = min(s + block, total)
         masks, post, mine = end - max(s, prompt), 0, []
         while masks > 0 or post < most:
-            plan = policy.plan(_tick(turns if smoothing is None else forwards, forwards, index, len(mine)), jnp.array([cached]))
-            full, refresh, window, append = (x is not None and bool(x[0]) for x in plan)
+            plan = policy.plan(_tick(turns if smoothing is None else forwards, forwards, index, len(mine)), jnp.int32(cached))
+            full, refresh, window, append = map(bool, plan)
+            if not (full or window or append):
+                where = f"turn {turns}, block {index}"
+                raise OptionError(f"cache: expected a forward in every turn, {type_name(policy)} asks for none in {where}")
             if full:
                 mine.append(Forward(True, refresh, end if model.block_causal else total))
             if append:
@@ -161,8 +165,7 @@ def _schedule(model: Model, asked: Asked, ask: Request, b: int, pace: int) -> li
 
 
 def _tick(iteration: int, forward: int, block: int, call: int) -> Tick:
-    counters = (np.array([n], np.int32) for n in (iteration, forward, block, call))
-    return Tick(*map(jnp.asarray, counters), jnp.zeros(1), jnp.int32(0), jnp.float32(0))
+    return Tick(*map(jnp.int32, (iteration, forward, block, call)))
 
 
 def _counted(forwards: tuple[Forward, ...]) -> str:

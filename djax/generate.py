@@ -21,7 +21,6 @@ from djax.native import kernels_wanted
 from djax.process import with_own_settings
 from djax.program import Request, Rows, decode
 from djax.programs import PROGRAMS, kinds
-from djax.pytree import classes
 from djax.request import Asked, does_not_fit, prepare
 from djax.sharding import over_rows
 from djax.smoothing import Smoothing
@@ -142,16 +141,16 @@ def ask(model: Model, prompts: Any, options: dict[str, Any], caller: str) -> Ask
 
 def compiled(model: Model, asked: Asked, ask: Request) -> tuple[Any, float]:
     """The compiled decode of one request, and the seconds it took to get it: 0 if this process had it already."""
-    statics = dict(family=model.family, config=model.config, block=asked.block(ask), sampled=asked.sampled, traced=asked.traced)
-    key = (kinds((model.params, ask, asked.plugs)), *map(classes, asked.plugs), *statics.values(), kernels_wanted())
+    spec = asked.spec(model, ask)
+    key = kinds((model.params, ask)), spec, kernels_wanted()
 
     def compile_program() -> Any:
         # A function of its own, so that jax's caches let go of it with the program.
-        program = partial(decode, **statics)
+        program = partial(decode, spec=spec)
         if model.mesh is not None:
             program = over_rows(program, model.mesh, ask)
         with computing(model):
-            return jax.jit(program).lower(model.params, ask, *asked.plugs).compile()
+            return jax.jit(program).lower(model.params, ask).compile()
 
     return PROGRAMS.get(key, compile_program)
 
@@ -160,7 +159,7 @@ def _run(model: Model, asked: Asked, ask: Request) -> list[Generation]:
     try:
         program, compiling = compiled(model, asked, ask)
         began = time.perf_counter()
-        rows = jax.device_get(program(model.params, ask, *asked.plugs))
+        rows = jax.device_get(program(model.params, ask))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise does_not_fit(ask, "more memory than the device has left") from error
@@ -172,7 +171,7 @@ def _run(model: Model, asked: Asked, ask: Request) -> list[Generation]:
     generations = [_generation(model, rows, ask, b, timing) for b in range(len(ask.prompt)) if ask.total[b]]
     if rows.active.any():
         raise TripCapError(
-            f"rows {np.flatnonzero(rows.active).tolist()} still hold masks after {int(ask.cap)} turns: either the model's "
+            f"rows {np.flatnonzero(rows.active).tolist()} still hold masks after {ask.cap.max()} turns: either the model's "
             f"logits are not finite (look at djax.logits), or the decoder {type(asked.plugs[0]).__name__} accepted nothing in "
             "some turn, against its contract (djax/decoding/contract.py); the error's `generations` have the trace so far",
             generations,

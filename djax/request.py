@@ -1,26 +1,28 @@
 """From what a user asks to what the program takes: every check of the public door, then prompts laid out as canvases."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from djax import text
 from djax.caching import CACHES, Uncached
-from djax.caching.contract import TO_THE_END, Policy, appends
-from djax.checks import boolean, plug, real_number, whole_number
+from djax.caching.contract import TO_THE_END, Plan, Policy
+from djax.checks import boolean, plug, reading, real_number, show, type_name, whole_number, whole_numbers
 from djax.decoding import DECODERS
-from djax.decoding.contract import Decoder, draws, edits, post_steps
+from djax.decoding.contract import Decoder, Look, Tick, Verdict
 from djax.errors import BatchError, CanvasError, OptionError
-from djax.model import Model
+from djax.model import Model, device_memory, known_model
 from djax.plugs import spelled
-from djax.program import Request
-from djax.smoothing import Smoothing
+from djax.process import make_key
+from djax.program import Plugs, Request, Spec
+from djax.pytree import classes
 
-Plugs = tuple[Decoder, Policy, Smoothing | None]
+# Of an editing decoder a block: they set the trace's length.
+MOST_POST_STEPS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,11 @@ class Asked:
     def block(self, ask: Request) -> int:
         """S: a block, however long, is never more than the canvas."""
         return min(self.block_length, ask.tokens.shape[1])
+
+    def spec(self, model: Model, ask: Request) -> Spec:
+        """What is static to the program of a request."""
+        plugs, kinds = jax.tree.structure(self.plugs), tuple(map(classes, self.plugs))
+        return Spec(model.family, model.config, self.block(ask), self.sampled, self.traced, plugs, kinds)
 
 
 def prepare(
@@ -63,6 +70,7 @@ def prepare(
 
     Raises `OptionError`, `PromptError`, `CanvasError` or `BatchError`.
     """
+    known_model(model)
     block_length = whole_number(block_length, "block_length", at_least=1)
     temperature = real_number(temperature, "temperature", at_least=0.0)
     early_stop, align_blocks = boolean(early_stop, "early_stop"), boolean(align_blocks, "align_blocks")
@@ -72,11 +80,11 @@ def prepare(
         raise OptionError(
             "align_blocks: expected True, since this family's blocks are counted from the canvas' start; got False"
         )
-    ids, single = text.encode(model.tokenizer, prompts, model.config.vocab, model.config.mask_id)
+    ids, single = text.encode(model.tokenizer, prompts, model.config.vocab, model.config.mask_id, model.pad_ids)
     count = len(ids)
-    seeds = _one_a_prompt(seed, "seed", count, at_least=0, at_most=2**32 - 1)
-    lengths = _one_a_prompt(gen_length, "gen_length", count, at_least=1)
-    least = _one_a_prompt(min_gen_length, "min_gen_length", count, at_least=0)
+    seeds = whole_numbers(seed, "seed", count, at_least=0, at_most=2**32 - 1)
+    lengths = whole_numbers(gen_length, "gen_length", count, at_least=1)
+    least = whole_numbers(min_gen_length, "min_gen_length", count, at_least=0)
     for i, prompt in enumerate(ids):
         if model.block_causal:
             lengths[i] += -(len(prompt) + lengths[i]) % block_length
@@ -92,11 +100,12 @@ def prepare(
             temperature=temperature,
             early_stop=early_stop,
             align_blocks=align_blocks,
-            post=post_steps(plugs[0]),
+            plugs=plugs,
         )
         for i in range(0, count, group)
     ]
-    asked = Asked(asks, plugs, block_length, temperature > 0 or draws(plugs[0]), trace, single)
+    asked = Asked(asks, plugs, block_length, temperature > 0 or plugs[0].draws, trace, single)
+    _try_plugs(model, asks[0], plugs, asked.block(asks[0]), asked.sampled)
     for ask in asks:
         _check_memory(model, ask, plugs, asked.block(ask))
     return asked
@@ -104,27 +113,130 @@ def prepare(
 
 def _plugs(model: Model, decoder: Any, cache: Any, smoothing: Any) -> Plugs:
     """The three plugs as the program takes them, or `OptionError`: not a plug, or one that the model's family lacks."""
-    plug(decoder, "decoder", ("init", "step"), spelled(DECODERS))
-    if edits(decoder):
-        plug(decoder, "decoder", ("edit",), "the decoders with a method edit, since it has edits = True")
-        whole_number(getattr(decoder, "post_steps", None), f"decoder: {type(decoder).__name__}.post_steps", at_least=0)
+    plug(decoder, "decoder", Decoder, spelled(DECODERS))
+    decoder = _with_values(decoder, "decoder")
+    with reading("decoder"):
+        for name in ("draws", "edits"):
+            boolean(getattr(decoder, name), f"decoder: {type_name(decoder)}.{name}")
+        most = decoder.post_steps
+        whole_number(most, f"decoder: {type_name(decoder)}.post_steps", at_least=0, at_most=MOST_POST_STEPS)
     policy = Uncached() if cache is None else cache
-    plug(policy, "cache", ("reach", "plan"), spelled(CACHES))
+    plug(policy, "cache", Policy, spelled(CACHES))
+    policy = _with_values(policy, "cache")
+    with reading("cache"):
+        for name in ("keeps", "appends"):
+            boolean(getattr(policy, name), f"cache: {type_name(policy)}.{name}")
+        for reach in policy.reach():
+            whole_number(reach, f"cache: {type_name(policy)}.reach()", at_least=0)
     if smoothing is not None:
         plug(smoothing, "smoothing", ("weight", "least"), "None, djax.Smoothing(...)")
+        smoothing = _with_values(smoothing, "smoothing")
+        with reading("smoothing"):
+            top = getattr(smoothing, "top", None)
+        if top is not None:
+            whole_number(top, f"smoothing: {type_name(smoothing)}.top", at_least=1, at_most=model.config.vocab)
     name = model.family.__name__.rsplit(".", 1)[-1]
     if policy.keeps and not hasattr(model.family, "empty_cache"):
-        raise OptionError(f"cache: expected None, since the family {name} keeps no keys and values; got {cache!r}")
-    if appends(policy) and not model.block_causal:
+        raise OptionError(f"cache: expected None, since the family {name} keeps no keys and values; got {show(cache)}")
+    if policy.appends and not model.block_causal:
         raise OptionError(
             f"cache: expected None, Prefix, Dual or Vicinity: in the family {name} finished blocks see later ones, and their "
-            f"keys and values change; got {cache!r}"
+            f"keys and values change; got {show(cache)}"
         )
-    if policy.keeps and not appends(policy) and model.block_causal:
-        raise OptionError(f"cache: expected None or Block(), which is exact, for the block-causal family {name}; got {cache!r}")
+    if policy.keeps and not policy.appends and model.block_causal:
+        raise OptionError(
+            f"cache: expected None or Block(), which is exact, for the block-causal family {name}; got {show(cache)}"
+        )
     if smoothing is not None and not hasattr(model.family, "expected_embedding"):
-        raise OptionError(f"smoothing: expected None, since the family {name} takes no soft embeddings; got {smoothing!r}")
+        raise OptionError(f"smoothing: expected None, since the family {name} takes no soft embeddings; got {show(smoothing)}")
     return decoder, policy, smoothing
+
+
+def _with_values(plug: Any, name: str) -> Any:
+    """The plug as its constructors check and store it, its leaves numbers. Plugs that jax or `object.__setattr__` made were
+    checked by nobody, and one that was made while jax traced something may hold what has no value."""
+    with reading(name):
+        plug = _made_anew(plug)
+        for leaf in jax.tree.leaves(plug):
+            traced = isinstance(leaf, jax.core.Tracer)
+            if traced or not isinstance(leaf, bool | int | float | np.generic | np.ndarray | jax.Array):
+                what = "a value that exists only while jax traces a function" if traced else show(leaf)
+                raise OptionError(f"{name}: expected numbers and arrays in its fields, got {what} in a {type_name(plug)}")
+            jax.eval_shape(lambda x: x, leaf)  # what jax takes for an array
+            if isinstance(leaf, jax.Array) and leaf.is_deleted():
+                raise OptionError(f"{name}: got an array that was donated or deleted in a {type_name(plug)}")
+        hash((jax.tree.structure(plug), classes(plug)))  # part of a program's key
+    return plug
+
+
+def _made_anew(plug: Any) -> Any:
+    if not _is_ours(type(plug)):
+        return plug
+    fields = {field.name: getattr(plug, field.name) for field in dataclasses.fields(plug)}
+    return type(plug)(**{name: _made_anew(value) for name, value in fields.items()})
+
+
+def _is_ours(kind: type) -> bool:
+    return kind.__module__.split(".")[0] == "djax" and dataclasses.is_dataclass(kind)
+
+
+def _try_plugs(model: Model, ask: Request, plugs: Plugs, block: int, sampled: bool) -> None:
+    """Call the methods of plugs that are not djax's on shapes alone: `OptionError` for what they raise, and for results that
+    their contracts (`decoding/contract.py`, `caching/contract.py`) do not allow."""
+    vocab = model.config.vocab
+    whole, real = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.float32))
+    tick = Tick(whole, whole, whole, whole)
+    tokens, where = jax.ShapeDtypeStruct((block,), jnp.int32), jax.ShapeDtypeStruct((block,), bool)
+    logits = jax.ShapeDtypeStruct((block, vocab), jnp.float32)
+    look = Look(logits, tokens, where, tokens, tick, whole, real, real, None)
+    decoder, policy, smoothing = plugs
+
+    def step(decoder: Any, look: Look, seed: Any) -> tuple:
+        state = decoder.init(block, vocab)
+        return state, *decoder.step(state, look._replace(key=make_key(seed) if sampled else None))
+
+    if not _all_ours(decoder):
+        name = f"decoder: {type_name(decoder)}"
+        with reading(f"decoder: trying {type_name(decoder)}"):
+            seed = jax.ShapeDtypeStruct((), jnp.uint32)
+            state, after, verdict = jax.eval_shape(step, decoder, look, seed)
+            if _kinds(after) != _kinds(state):
+                raise OptionError(f"{name}.step: expected the state's shapes {state}, got {after}")
+            if not isinstance(verdict, Verdict):
+                raise OptionError(f"{name}.step: expected a djax.Verdict (djax.write makes one), got {show(verdict)}")
+            for field in ("tokens", "proposals"):
+                _expect(getattr(verdict, field), (block,), jnp.integer, f"{name}: the {field} of its verdict")
+            _expect(verdict.confidence, (block,), jnp.floating, f"{name}: the confidence of its verdict")
+            for field in ("done", "stop"):
+                _expect(getattr(verdict, field), (), jnp.bool_, f"{name}: {field} of its verdict")
+    if not _all_ours(policy):
+        with reading(f"cache: trying {type_name(policy)}"):
+            plan = jax.eval_shape(lambda p, *a: Plan(*map(jnp.asarray, p.plan(*a))), policy, tick, whole)
+            for field in Plan._fields:
+                _expect(getattr(plan, field), (), jnp.bool_, f"cache: {type_name(policy)}.plan: its {field}")
+    rows = ask.tokens.shape[0]
+    numbers = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    if smoothing is not None and not _all_ours(smoothing):
+        with reading(f"smoothing: trying {type_name(smoothing)}"):
+            for method in ("weight", "least"):
+                out = jax.eval_shape(lambda s, n, method=method: getattr(s, method)(n), smoothing, numbers)
+                _expect(out, (rows,), jnp.floating, f"smoothing: {type_name(smoothing)}.{method}")
+
+
+def _all_ours(plug: Any) -> bool:
+    return all(
+        _is_ours(kind) for kind in jax.tree.leaves(classes(plug)) if dataclasses.is_dataclass(kind) or kind is type(plug)
+    )
+
+
+def _kinds(tree: Any) -> tuple:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+
+def _expect(value: Any, shape: tuple[int, ...], kind: Any, name: str) -> None:
+    if getattr(value, "shape", None) != shape or not jnp.issubdtype(value.dtype, kind):
+        raise OptionError(f"{name}: expected {kind.__name__} of shape {shape}, got {show(value)}")
 
 
 def _check_canvas(model: Model, where: str, prompt: int, gen_length: int, min_gen_length: int, policy: Policy) -> None:
@@ -140,17 +252,9 @@ def _check_canvas(model: Model, where: str, prompt: int, gen_length: int, min_ge
     beyond = [reach for reach in policy.reach() if total < reach != TO_THE_END]
     if beyond:
         raise OptionError(
-            f"cache: {policy} reaches {beyond[0]} positions beyond its block; {where} has a canvas of {total}, so expected at "
-            f"most {total}"
+            f"cache: {show(policy)} reaches {beyond[0]} positions beyond its block; {where} has a canvas of {total}, "
+            f"so expected at most {total}"
         )
-
-
-def _one_a_prompt(value: Any, name: str, count: int, **bounds: int) -> list[int]:
-    """One whole number for all prompts, or one each."""
-    values = [value] * count if np.ndim(value) == 0 else list(value)
-    if len(values) != count:
-        raise OptionError(f"{name}: expected one whole number, or one for each of the {count} prompts, got {len(values)}")
-    return [whole_number(one, name, **bounds) for one in values]
 
 
 def bucket(length: int) -> int:
@@ -169,14 +273,11 @@ def request(
     min_gen_length: Sequence[int],
     block: int,
     temperature: float = 0.0,
+    plugs: Plugs,
     early_stop: bool = True,
     align_blocks: bool = True,
-    post: int = 0,
 ) -> Request:
-    """Lay the prompts out as canvases. Rows beyond the prompts have an empty canvas and never start.
-
-    post: the turns that a block may take without a mask, where the decoder edits.
-    """
+    """Lay the prompts out as canvases. Rows beyond the prompts have an empty canvas and never start."""
     empty = [0] * (rows - len(ids))
     prompt = np.array([*map(len, ids), *empty], np.int32)
     total = prompt + np.array([*gen_length, *empty], np.int32)
@@ -192,11 +293,17 @@ def request(
         least=prompt + np.array([*min_gen_length, *empty], np.int32),
         start=start,
         seed=np.array([*seeds, *empty], np.uint32),
-        temperature=np.float32(temperature),
-        early_stop=np.bool_(early_stop),
-        # Every turn of an unfinished row accepts a token, or is one of its block's post-steps.
-        cap=np.int32((total - prompt + -(-(total - start) // block) * post).max()),
+        temperature=np.full(rows, temperature, np.float32),
+        early_stop=np.full(rows, early_stop),
+        # Every turn of an unfinished row writes a token, or is one of its block's post-steps.
+        cap=total - prompt + -(-(total - start) // block) * np.int32(plugs[0].post_steps),
+        numbers=tuple(np.broadcast_to(np.asarray(n, _dtype(n)), (rows, *np.shape(n))) for n in jax.tree.leaves(plugs)),
     )
+
+
+def _dtype(number: Any) -> Any:
+    """A plug's Python number as the program holds it."""
+    return {bool: np.bool_, int: np.int32, float: np.float32}.get(type(number), getattr(number, "dtype", None))
 
 
 def _check_memory(model: Model, ask: Request, plugs: Plugs, block: int) -> None:
@@ -216,7 +323,8 @@ def carried_bytes(model: Model, ask: Request, plugs: Plugs, block: int) -> dict[
     """Bytes of the large parts of the loop's carry: the decoder's state, the cache, the soft embeddings."""
     (rows, length), c = ask.tokens.shape, model.config
     decoder, policy, smoothing = plugs
-    parts = {"decoder": jax.eval_shape(lambda: decoder.init(rows, block, c.vocab))}
+    each = jax.eval_shape(lambda: decoder.init(block, c.vocab))
+    parts = {"decoder": jax.tree.map(lambda a: jax.ShapeDtypeStruct((rows, *a.shape), a.dtype), each)}
     if policy.keeps:
         parts["cache"] = jax.eval_shape(lambda p: model.family.empty_cache(p, c, rows, length), model.params)
     if smoothing is not None:
@@ -228,9 +336,3 @@ def does_not_fit(ask: Request, need: str) -> BatchError:
     rows, length = ask.tokens.shape
     cure = "pass max_batch (it changes no answer)" if rows > 1 else "lower gen_length or block_length"
     return BatchError(f"{rows} prompts on a canvas of {length} need {need}; {cure}")
-
-
-def device_memory() -> int:
-    """Bytes of memory of the default device; on a CPU, of the machine."""
-    stats = jax.devices()[0].memory_stats() or {}
-    return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -15,12 +15,14 @@ are left it writes at least one token; without `post_steps` it writes only where
 mask is left; the state keeps structure, shape and dtype.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from djax import native
+from djax.checks import MOST_NESTED, plug, reading, show
 from djax.errors import OptionError
 from djax.sharding import split
 
@@ -123,24 +125,23 @@ def write(look: Look, tokens: jax.Array, accept: jax.Array) -> Verdict:
     )
 
 
-def check_decoder(value: Any, name: str) -> None:
-    """Raise `OptionError` unless `value` is a decoder: an instance of a class that extends `Decoder`, and a pytree."""
-    if not isinstance(value, Decoder):
-        raise OptionError(
-            f"{name}: expected a decoder of djax, such as djax.Threshold(0.9), or of a class that extends djax.Decoder; "
-            f"got {value!r}"
-        )
-
-
 def check_inner(decoder: Any) -> None:
     """Check, in its `__post_init__`, the decoder that a decoder holds: one that edits is not held, since what holds it would
     have to know which of its writes replace."""
-    if type(decoder.inner) is object:  # jax rebuilds plugs with placeholders in their fields
-        return
     name = f"{type(decoder).__name__}(inner=...)"
-    check_decoder(decoder.inner, name)
-    if decoder.inner.edits:
-        raise OptionError(f"{name}: expected a decoder that does not edit, such as djax.Threshold(0.9); got {decoder.inner!r}")
+    plug(decoder.inner, name, Decoder, "the decoders of djax, such as djax.Threshold(0.9)")
+    with reading(name):
+        edits = bool(decoder.inner.edits)
+    if edits:
+        raise OptionError(
+            f"{name}: expected a decoder that does not edit, such as djax.Threshold(0.9); got {show(decoder.inner)}"
+        )
+    with reading(name):
+        depth, inner = 0, decoder.inner
+        while dataclasses.is_dataclass(inner) and hasattr(inner, "inner"):
+            depth, inner = depth + 1, inner.inner
+            if depth == MOST_NESTED:
+                raise OptionError(f"{name}: expected at most {MOST_NESTED} decoders inside one another, got more")
 
 
 def candidates(look: Look) -> tuple[jax.Array, jax.Array, jax.Array]:
