@@ -160,22 +160,24 @@ def _lower(family: Any, config: Any, mesh: Any, plugs: tuple, quantize: str | No
     from jax.sharding import PartitionSpec as P
 
     from djax.checkpoint import abstract
-    from djax.program import Request, decode
+    from djax.program import Request, Spec, decode
+    from djax.pytree import classes
 
     everywhere = NamedSharding(mesh, P())
 
     def value(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
 
-    scalars = [value((), kind) for kind in (jnp.float32, jnp.bool_, jnp.int32)]
     per_row = [value((1,), jnp.int32) for _ in range(4)]
-    ask = Request(value((1, canvas), jnp.int32), *per_row, value((1,), jnp.uint32), *scalars)
-    traced = jax.tree.map(lambda x: value((), np.int32 if isinstance(x, int) else np.float32), plugs)
-    program = partial(decode, family=family, config=config, block=block, sampled=False, traced=False)
+    others = [value((1,), kind) for kind in (jnp.uint32, jnp.float32, jnp.bool_, jnp.int32)]
+    numbers = tuple(value((1,), np.int32 if isinstance(x, int) else np.float32) for x in jax.tree.leaves(plugs))
+    ask = Request(value((1, canvas), jnp.int32), *per_row, *others, numbers)
+    spec = Spec(family, config, block, False, False, jax.tree.structure(plugs), tuple(map(classes, plugs)))
+    program = partial(decode, spec=spec)
     params = abstract(family, config, jnp.bfloat16, mesh, quantize)
     # As a process with GPUs traces it, which has no functions for a CPU to choose from.
     with jax.set_mesh(mesh), native.portable():
-        return jax.jit(program).lower(params, ask, *traced)
+        return jax.jit(program).lower(params, ask)
 
 
 def _unsplit(lowered: Any) -> list[int]:

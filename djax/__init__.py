@@ -2,9 +2,11 @@
 
 from djax.ahead import compile, export_program
 from djax.caching import Block, Dual, Prefix, Vicinity
+from djax.caching.contract import Policy
 from djax.checkpoint import export_hf, load, save
 from djax.compilation import compile_cache
 from djax.decoding import Credit, Edit, Entropy, Factor, Fixed, Hierarchy, Threshold
+from djax.decoding.contract import Decoder, Verdict
 from djax.errors import (
     BatchError,
     CanvasError,
@@ -31,6 +33,7 @@ __all__ = [
     "CanvasError",
     "CheckpointError",
     "Credit",
+    "Decoder",
     "DjaxError",
     "Dual",
     "Edit",
@@ -42,6 +45,7 @@ __all__ = [
     "Model",
     "OptionError",
     "PathError",
+    "Policy",
     "Prefix",
     "PromptError",
     "Smoothing",
@@ -50,6 +54,7 @@ __all__ = [
     "Trace",
     "TripCapError",
     "UnsupportedModelError",
+    "Verdict",
     "Vicinity",
     "compile",
     "compile_cache",

@@ -203,7 +203,9 @@ def _try_plugs(model: Model, ask: Request, plugs: Plugs, block: int, sampled: bo
             if _kinds(after) != _kinds(state):
                 raise OptionError(f"{name}.step: expected the state's shapes {state}, got {after}")
             if not isinstance(verdict, Verdict):
-                raise OptionError(f"{name}.step: expected a djax.Verdict (djax.write makes one), got {show(verdict)}")
+                raise OptionError(
+                    f"{name}.step: expected a djax.Verdict (djax.decoding.contract.write makes one), got {show(verdict)}"
+                )
             for field in ("tokens", "proposals"):
                 _expect(getattr(verdict, field), (block,), jnp.integer, f"{name}: the {field} of its verdict")
             _expect(verdict.confidence, (block,), jnp.floating, f"{name}: the confidence of its verdict")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from djax.decoding.contract import Tick, edits, post_steps
+from djax.decoding.contract import Look, Tick
 from djax.models.layers import Cache
 
 
@@ -26,13 +26,8 @@ def expected(params, x, *, family, config, top):
 
 
 @jax.jit
-def step(decoder, state, logits, masked, tick, key):
-    return decoder.step(state, logits, masked, tick, key)
-
-
-@jax.jit
-def edit(decoder, logits, tokens, editable, tick):
-    return decoder.edit(logits, tokens, editable, tick)
+def step(decoder, state, look):
+    return decoder.step(state, look)
 
 
 def decode(
@@ -47,19 +42,15 @@ def decode(
     soft = np.array(params["embedding"])[canvas]
     out = SimpleNamespace(canvas=canvas, forwards=0, refreshes=0, positions=0)
     cache, cached_block, turns = None, -1, 0
-    state = decoder.init(1, block_length, c.vocab)
-    # Forwards of the block that began without a mask, and whether the last one wrote anything.
-    post, changed = 0, True
+    state, done = decoder.init(block_length, c.vocab), False
 
     def tick(block, call):
-        least = -np.inf if smoothing is None else float(smoothing.least(jnp.array([out.forwards]))[0])
         iteration = turns if smoothing is None else out.forwards
-        counters = (jnp.array([n], jnp.int32) for n in (iteration, out.forwards, block, call))
-        return Tick(*counters, jnp.array([least], jnp.float32), jnp.int32(c.mask_id), jnp.float32(0))
+        return Tick(*(jnp.int32(n) for n in (iteration, out.forwards, block, call)))
 
     def forward(left, right, width, begin, end, block, call):
         """Run [left, right) in a window of `width`, decode [begin, end), return the window's keys and values."""
-        nonlocal state, post, changed
+        nonlocal state, done
         n = right - left
         at = np.zeros((1, width), np.int32)
         valid = np.zeros((1, width), bool)
@@ -78,21 +69,17 @@ def decode(
         early = np.arange(begin, end) < len(prompt) + min_gen_length
         for eos_id in c.eos_ids:
             logits[0, : end - begin, eos_id] = np.where(early, -1e30, logits[0, : end - begin, eos_id])
-        masked = np.zeros((1, block_length), bool)
-        masked[0, : end - begin] = canvas[begin:end] == c.mask_id
-        key = jax.random.fold_in(jax.random.key(seed), out.forwards)[None] if getattr(decoder, "draws", False) else None
-        state, tokens, accept = step(decoder, state, jnp.asarray(logits), jnp.asarray(masked), tick(block, call), key)
-        written = {begin + int(s): int(tokens[0, s]) for s in np.flatnonzero(np.asarray(accept)[0])}
-        if edits(decoder):
-            old, editable = np.zeros((1, block_length), np.int32), np.zeros((1, block_length), bool)
-            old[0, : end - begin] = canvas[begin:end]
-            mine = slice(max(0, len(prompt) - begin), end - begin)
-            editable[0, mine] = ~masked[0, mine] & (post < post_steps(decoder))
-            tokens, replace = edit(decoder, jnp.asarray(logits), jnp.asarray(old), jnp.asarray(editable), tick(block, call))
-            written |= {begin + int(s): int(tokens[0, s]) for s in np.flatnonzero(np.asarray(replace)[0])}
-            post, changed = post + (not masked.any()), bool(written)
-        for position, token in written.items():
-            canvas[position] = token
+        tokens, may_write = np.zeros(block_length, np.int32), np.zeros(block_length, bool)
+        tokens[: end - begin] = canvas[begin:end]
+        may_write[max(0, len(prompt) - begin) : end - begin] = True
+        key = jax.random.fold_in(jax.random.key(seed), out.forwards) if decoder.draws else None
+        floor = -np.inf if smoothing is None else float(smoothing.least(jnp.array([out.forwards]))[0])
+        at = np.arange(begin, begin + block_length, dtype=np.int32)
+        seen = (jnp.asarray(x) for x in (logits[0], tokens, may_write, at))
+        look = Look(*seen, tick(block, call), jnp.int32(c.mask_id), jnp.float32(floor), jnp.float32(0), key)
+        state, verdict = step(decoder, state, look)
+        done = bool(verdict.done)
+        canvas[begin:end] = verdict.tokens[: end - begin]
         if smoothing is not None:
             weight = float(smoothing.weight(jnp.array([out.forwards]))[0])
             hope = np.asarray(expected(params, x, family=family, config=c, top=smoothing.top))[0]
@@ -107,10 +94,9 @@ def decode(
     before, after = policy.reach()
     first = start // block_length * block_length if align_blocks else start
     for block, begin in enumerate(range(first, total, block_length)):
-        end, call = min(begin + block_length, total), 0
-        post, changed = 0, True
-        while np.any(canvas[begin:end] == c.mask_id) or (changed and post < post_steps(decoder)):
-            full, refresh, window = (bool(x[0]) for x in policy.plan(tick(block, call), jnp.array([cached_block]))[:3])
+        end, call, done = min(begin + block_length, total), 0, False
+        while not done:
+            full, refresh, window = map(bool, policy.plan(tick(block, call), jnp.int32(cached_block))[:3])
             if full:
                 kept, cache = cache, None
                 fresh = forward(0, total, length, begin, end, block, call)

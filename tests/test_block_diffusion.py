@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDENS
+from deciding import decide
 from test_golden_traces import CLEAN, decoder, recorded
 from tiny import LLADA2, tiny_model
 
 import djax
-from djax.decoding.contract import Tick
 from djax.errors import CanvasError, OptionError
 
 FAMILY = "llada2_block_diffusion"
@@ -114,13 +114,11 @@ def test_the_plain_loop(llada2):
     total = 24
     canvas = np.array(prompt + [llada2.config.mask_id] * (total - len(prompt)))
     forwards = 0
-    for number, start in enumerate(range(0, total, block)):
+    for start in range(0, total, block):
         while llada2.config.mask_id in canvas[start : start + block]:
             logits = djax.logits(llada2, canvas[None, : start + block], block_length=block)[:, start:]
             masked = jnp.asarray(canvas[None, start : start + block] == llada2.config.mask_id)
-            counters = (jnp.array([n]) for n in (forwards, forwards, number, 0))
-            tick = Tick(*counters, jnp.array([-jnp.inf]), jnp.int32(llada2.config.mask_id), jnp.float32(0))
-            _, tokens, accept = rule.step(rule.init(1, block, llada2.config.vocab), logits, masked, tick, None)
+            _, tokens, accept = decide(rule, (), logits, masked, mask_id=llada2.config.mask_id)
             canvas[start : start + block] = np.where(accept[0], tokens[0], canvas[start : start + block])
             forwards += 1
     for cache in (None, djax.Block()):

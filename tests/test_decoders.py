@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDENS
+from deciding import begin, decide
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from djax.caching import CACHES
 from djax.decoding import DECODERS, Credit, Edit, Entropy, Factor, Fixed, Hierarchy, Threshold
-from djax.decoding.contract import Tick, _peaks_on_cpu, _plain_peaks, draws, edits, peaks
+from djax.decoding.contract import _peaks_on_cpu, _plain_peaks, peaks
 from djax.pytree import classes
 from djax.smoothing import Smoothing
 
@@ -31,11 +32,6 @@ MADE = {
 PLUGS = [plug for name in DECODERS for plug in MADE[name]]
 
 
-def tick(rows=ROWS, temperature=0.0):
-    zero = jnp.zeros(rows, jnp.int32)
-    return Tick(zero, zero, zero, zero, jnp.full(rows, -jnp.inf), jnp.int32(MASK), jnp.float32(temperature))
-
-
 @pytest.fixture(scope="module")
 def step():
     """Jitted once: numbers are leaves, so all plugs of a kind share a program."""
@@ -43,9 +39,9 @@ def step():
     @jax.jit
     def run(plug, logits, masked, seed):
         key = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.zeros(logits.shape[0], jnp.int32))
-        state = plug.init(logits.shape[0], BLOCK, VOCAB)
-        cold = plug.step(state, logits, masked, tick(logits.shape[0]), key if draws(plug) else None)
-        warm = plug.step(state, logits, masked, tick(logits.shape[0], 0.7), key)
+        state = begin(plug, logits.shape[0], BLOCK, VOCAB)
+        cold = decide(plug, state, logits, masked, mask_id=MASK, key=key if plug.draws else None)
+        warm = decide(plug, state, logits, masked, mask_id=MASK, key=key, temperature=0.7)
         return cold, warm
 
     return run
@@ -68,10 +64,12 @@ def cases(draw):
 @given(case=cases())
 def test_the_law(step, plug, case):
     logits, masked, seed = case
-    state = plug.init(ROWS, BLOCK, VOCAB)
+    state = begin(plug, ROWS, BLOCK, VOCAB)
     for after, tokens, accept in step(plug, logits, masked, seed):
-        assert not np.any(np.asarray(accept) & ~masked), "accept lies inside masked"
-        assert np.array_equal(np.any(accept, axis=1), np.any(masked, axis=1)), "every row with a mask goes on"
+        if not plug.edits:
+            assert not np.any(np.asarray(accept) & ~masked), "what is written stood as a mask"
+        accepts = np.any(np.asarray(accept) & masked, axis=1)
+        assert np.array_equal(accepts, np.any(masked, axis=1)), "every row with a mask goes on"
         assert not np.any(np.asarray(accept) & (np.asarray(tokens) == MASK)), "the mask id is never accepted"
         assert jax.tree.structure(after) == jax.tree.structure(state)
         assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
@@ -157,11 +155,10 @@ def test_fixed_steps_by_schedule(order):
     for steps, counts in ((3, [3, 2, 2]), (20, [1] * 7)):
         plug, masked = Fixed(steps=steps, order=order), np.ones((2, BLOCK), bool)
         masked[0, 2] = masked[1, 5] = False
-        state = plug.init(2, BLOCK, VOCAB)
+        state = begin(plug, 2, BLOCK, VOCAB)
         for call, count in enumerate(counts):
-            where = tick(2)._replace(call=jnp.full(2, call, jnp.int32))
-            keys = jax.random.split(jax.random.key(call), 2) if draws(plug) else None
-            state, _, accept = plug.step(state, jnp.asarray(logits), jnp.asarray(masked), where, keys)
+            keys = jax.random.split(jax.random.key(call), 2) if plug.draws else None
+            state, _, accept = decide(plug, state, logits, masked, mask_id=MASK, key=keys, call=call)
             assert np.asarray(accept).sum(axis=1).tolist() == [count] * 2
             masked = masked & ~np.asarray(accept)
         assert not masked.any()
@@ -174,8 +171,8 @@ def test_random_order_is_uniform_and_takes_the_same_tokens():
     masked = np.ones((rows, BLOCK), bool)
     masked[:, 1] = False
     keys = jax.random.split(jax.random.key(0), rows)
-    _, tokens, accept = Fixed(1, order="random").step((), jnp.asarray(logits), jnp.asarray(masked), tick(rows), keys)
-    _, sure, _ = Fixed(1).step((), jnp.asarray(logits), jnp.asarray(masked), tick(rows), None)
+    _, tokens, accept = decide(Fixed(1, order="random"), (), logits, masked, mask_id=MASK, key=keys)
+    _, sure, _ = decide(Fixed(1), (), logits, masked, mask_id=MASK)
     share = np.asarray(accept).mean(axis=0)
     np.testing.assert_allclose(share, masked[0] / 7, atol=0.03)
     np.testing.assert_array_equal(tokens, sure, "at temperature 0 the key draws the order alone")
@@ -248,12 +245,11 @@ def test_credit_by_loop():
     """Three calls of a block and the first of the next, against the formula position by position."""
     rng = np.random.default_rng(0)
     plug = Credit(Threshold(0.6), alpha=0.9, gamma=0.3, beta=0.7)
-    state, credit = plug.init(1, BLOCK, VOCAB), np.zeros((BLOCK, VOCAB))
+    state, credit = begin(plug, 1, BLOCK, VOCAB), np.zeros((BLOCK, VOCAB))
     for call in (0, 1, 2, 0):
         logits = (2 * rng.normal(size=(1, BLOCK, VOCAB))).astype(np.float32)
         masked = rng.random((1, BLOCK)) < 0.7
-        where = tick(1)._replace(call=jnp.full(1, call, jnp.int32))
-        state, tokens, accept = plug.step(state, jnp.asarray(logits), jnp.asarray(masked), where, None)
+        state, tokens, accept = decide(plug, state, logits, masked, mask_id=MASK, call=call)
         credit = credit * 0.7 if call else np.zeros_like(credit)
         for s in range(BLOCK):
             if masked[0, s]:
@@ -261,7 +257,7 @@ def test_credit_by_loop():
                 credit[s, p.argmax()] += p.max() ** 0.3
         np.testing.assert_allclose(state[0][0], credit, rtol=1e-5, atol=1e-7)
         fused = (logits + 0.9 * np.log1p(credit)).astype(np.float32)
-        _, expected_tokens, expected = Threshold(0.6).step((), jnp.asarray(fused), jnp.asarray(masked), where, None)
+        _, expected_tokens, expected = decide(Threshold(0.6), (), fused, masked, mask_id=MASK, call=call)
         np.testing.assert_array_equal(accept, expected)
         np.testing.assert_array_equal(np.where(accept, tokens, 0), np.where(accept, expected_tokens, 0))
 
@@ -301,13 +297,12 @@ def test_recorded_decoders(case):
     first, last = RECORDED["block"]
     x, mask = data[f"{case['id']}/x"].astype(np.int32), RECORDED["mask_id"]
     plug = recorded_plug(defaults | settings_, case["iter_threshold"][0] or settings_["threshold"])
-    state = plug.init(len(x), last - first, RECORDED["vocab"])
+    state = begin(plug, len(x), last - first, RECORDED["vocab"])
     for call, threshold in enumerate(case["iter_threshold"]):
         logits = data[f"{case['id']}/logits_x32"][call].astype(np.float32) / 32
         block = x[:, first:last]
-        where = tick(len(x))._replace(call=jnp.full(len(x), call, jnp.int32), mask_id=jnp.int32(mask))
         plug = recorded_plug(defaults | settings_, threshold or settings_["threshold"])
-        state, tokens, accept = plug.step(state, jnp.asarray(logits), jnp.asarray(block == mask), where, None)
+        state, tokens, accept = decide(plug, state, logits, block == mask, mask_id=mask, call=call)
         expected = data[f"{case['id']}/out"][call][:, first:last]
         got = np.where(accept, tokens, block)
         if settings_["decoder"] == "fixed":
@@ -350,9 +345,8 @@ def test_gumbel_noise_draws_from_the_tempered_softmax():
     """At temperature T the token is distributed as softmax(logits / T), as in LLaDA."""
     logits = np.array([0.0, 1.0, 2.0, -1.0, -1e9], np.float32)
     plug, temperature, count = Threshold(0.01), 0.7, 4000
-    where = tick(1, temperature)._replace(mask_id=jnp.int32(4))
-    key = jax.random.split(jax.random.key(0), 1)
-    _, tokens, _ = plug.step((), jnp.tile(jnp.asarray(logits), (1, count, 1)), jnp.ones((1, count), bool), where, key)
+    key, logits_ = jax.random.split(jax.random.key(0), 1), jnp.tile(jnp.asarray(logits), (1, count, 1))
+    _, tokens, _ = decide(plug, (), logits_, np.ones((1, count), bool), mask_id=4, key=key, temperature=temperature)
     seen = np.bincount(np.asarray(tokens)[0], minlength=5) / count
     np.testing.assert_allclose(seen, softmax(logits / temperature), atol=0.03)
 
@@ -367,8 +361,8 @@ def test_the_best_is_found_however_sums_are_rounded():
     @jax.jit
     def both(logits, credit, key):
         masked = jnp.ones((rows, block), bool)
-        _, noisy, _ = Threshold().step((), logits, masked, tick(rows, 0.8), key)
-        (credit, _), fused, _ = Credit().step((credit, ()), logits, masked, tick(rows)._replace(call=jnp.ones(rows)), None)
+        _, noisy, _ = decide(Threshold(), (), logits, masked, mask_id=MASK, key=key, temperature=0.8)
+        (credit, _), fused, _ = decide(Credit(), (credit, ()), logits, masked, mask_id=MASK, call=1)
         return noisy, fused, credit
 
     # In a program of its own: what a program returns is computed once.
@@ -389,7 +383,7 @@ def test_no_two_kinds_of_plug_have_one_structure():
     plugs = [kind() for kind in (*DECODERS.values(), *CACHES.values(), Smoothing)]
     for holder in (Credit, Edit):
         inside = [kind() for kind in DECODERS.values() if kind not in (holder, Threshold)]  # holder() holds a Threshold
-        plugs += [holder(plug) for plug in inside if not edits(plug)]
+        plugs += [holder(plug) for plug in inside if not plug.edits]
     structures = [jax.tree.structure(plug) for plug in plugs]
     for (one, a), (other, b) in itertools.combinations(zip(plugs, structures, strict=True), 2):
         assert a != b, (one, other)
@@ -439,7 +433,7 @@ def test_a_decode_asks_for_the_peaks_once():
     logits = jnp.zeros((1, 4, 64))
 
     def step(logits):
-        _, tokens, _ = Threshold(0.9).step((), logits, jnp.ones((1, 4), bool), tick(1), None)
+        _, tokens, _ = decide(Threshold(0.9), (), logits, np.ones((1, 4), bool), mask_id=MASK)
         return tokens, peaks(logits, jnp.int32(MASK)).total
 
     text = jax.jit(step).lower(logits).compile().as_text()

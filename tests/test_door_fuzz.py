@@ -32,6 +32,7 @@ import djax
 from djax.caching import CACHES
 from djax.compilation import enable_cache
 from djax.decoding import DECODERS
+from djax.decoding.contract import write
 from djax.errors import DjaxError
 from djax.plugs import parse
 from djax.smoothing import SMOOTHINGS
@@ -471,32 +472,36 @@ KINDS = ("right", "raises", "nothing", "shape", "dtype", "two", "state")
 
 @djax.pytree
 @dataclasses.dataclass(frozen=True)
-class Mine:
+class Mine(djax.Decoder):
     """A decoder of one's own: right, or wrong in one way."""
 
     number: object = 0.5
     kind: str = dataclasses.field(default="right", metadata={"static": True})
     error: object = dataclasses.field(default=None, metadata={"static": True})
 
-    def init(self, rows, block, vocab):
+    def init(self, block, vocab):
         if self.kind == "init":
             raise self.error()
-        return jnp.zeros(99) if self.kind == "state" else ()
+        return ()
 
-    def step(self, state, logits, masked, tick, key):
+    def step(self, state, look):
         if self.kind == "raises":
             raise self.error()
         if self.kind == "nothing":
             return None
         if self.kind == "two":
-            return state, masked
-        tokens = jnp.ones(masked.shape, jnp.float32 if self.kind == "dtype" else jnp.int32)
-        return state, tokens[:, :-1] if self.kind == "shape" else tokens, masked
+            return state, look.masked
+        verdict = write(look, jnp.ones_like(look.tokens), look.masked)
+        if self.kind == "dtype":
+            verdict = verdict._replace(tokens=verdict.tokens.astype(jnp.float32))
+        if self.kind == "shape":
+            verdict = verdict._replace(tokens=verdict.tokens[:-1])
+        return jnp.zeros(99) if self.kind == "state" else state, verdict
 
 
 @djax.pytree
 @dataclasses.dataclass(frozen=True)
-class MyCache:
+class MyCache(djax.Policy):
     kind: str = dataclasses.field(default="right", metadata={"static": True})
     error: object = dataclasses.field(default=None, metadata={"static": True})
 
@@ -514,7 +519,7 @@ class MyCache:
 
         if self.kind == "init":
             raise self.error()
-        yes = jnp.full(tick.forward.shape, self.kind != "state")
+        yes = jnp.full((2,) if self.kind == "state" else (), True)
         return Plan(yes, ~yes & False, ~yes & False)
 
 

@@ -3,23 +3,24 @@
 import dataclasses
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from deciding import begin, decide
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_decoders import BLOCK, MADE, MASK, ROWS, VOCAB, cases, softmax, tick
+from test_decoders import BLOCK, MADE, MASK, ROWS, VOCAB, cases, softmax
 from tiny import CONFIG, LLADA2, tiny_model
 from toy import family, toy_model
 
 import djax
 from djax.decoding import DECODERS
-from djax.decoding.contract import edits
 from djax.errors import OptionError
 from djax.plugs import parse
 from djax.training.problems import held_out
 
-EDITORS = [plug for name in DECODERS for plug in MADE[name] if edits(plug)]
+EDITORS = [plug for name in DECODERS for plug in MADE[name] if plug.edits]
 
 
 @pytest.mark.parametrize("plug", EDITORS, ids=repr)
@@ -31,8 +32,16 @@ def test_the_law(plug, case, ramp):
     rng = np.random.default_rng(seed)
     tokens = np.where(masked, MASK, rng.integers(0, MASK, (ROWS, BLOCK))).astype(np.int32)
     editable = ~masked & (rng.random((ROWS, BLOCK)) < 0.7)
-    where = tick()._replace(least=jnp.full(ROWS, ramp, jnp.float32))
-    edited, replace = (np.asarray(x) for x in plug.edit(*map(jnp.asarray, (logits, tokens, editable)), where))
+    state = begin(plug, ROWS, BLOCK, VOCAB)
+    key = jax.random.split(jax.random.key(seed), ROWS) if plug.draws else None
+    looked = dict(tokens=tokens, may_write=masked | editable, floor=ramp, key=key)
+    _, edited, new = (
+        np.asarray(x) if n else x for n, x in enumerate(decide(plug, state, logits, masked, mask_id=MASK, **looked))
+    )
+    if not plug.post_steps:
+        assert not np.any(new & ~masked), "without post-steps nothing is editable"
+        return
+    replace = new & ~masked
     assert not np.any(replace & ~editable), "replace lies inside editable"
     assert np.all(edited[replace] != MASK), "the mask id is never written"
     assert np.all(edited[replace] != tokens[replace]), "what is written is another token"
@@ -42,15 +51,20 @@ def test_the_law(plug, case, ramp):
             assert replace[b, s] == (logits[b, s].argmax() not in (tokens[b, s], MASK) and p.max() > bound)
 
 
+def edited(plug, logits):
+    """Where a block of tokens 0 is edited, by logits `[1, S, V]`."""
+    state, masked = begin(plug, 1, BLOCK, VOCAB), np.zeros((1, BLOCK), bool)
+    return np.asarray(decide(plug, state, logits, masked, mask_id=MASK, tokens=np.zeros((1, BLOCK), np.int32))[2])
+
+
 def test_the_bound_is_strict_and_what_is_not_finite_stays():
     logits = np.zeros((1, BLOCK, VOCAB), np.float32)
     logits[0, :, 4] = np.log(10.0)  # p is one half
     logits[0, 0] = np.nan
-    tokens, editable = jnp.zeros((1, BLOCK), jnp.int32), jnp.ones((1, BLOCK), bool)
     for tau, expected in ((0.4999, [False] + [True] * (BLOCK - 1)), (0.5001, [False] * BLOCK)):
-        assert djax.Edit(tau=tau).edit(jnp.asarray(logits), tokens, editable, tick(1))[1][0].tolist() == expected
+        assert edited(djax.Edit(tau=tau), logits)[0].tolist() == expected
     logits[0, :, 4] = 1000.0  # p is exactly one
-    assert not np.any(djax.Edit(tau=1.0).edit(jnp.asarray(logits), tokens, editable, tick(1))[1])
+    assert not np.any(edited(djax.Edit(tau=1.0), logits))
 
 
 def published(logits_of, prompt, total, block, mask_id, eos_id, *, tau_mask, tau_edit, post_steps, early_stop):
@@ -223,30 +237,21 @@ def test_a_sweep_of_bounds_compiles_once():
 
 @djax.pytree
 @dataclasses.dataclass(frozen=True)
-class Half:
-    """Says that it edits, and no more."""
+class Unbounded(djax.Decoder):
+    """Says that it edits, and not for how long."""
 
     edits = True
+    post_steps = None
 
-    def init(self, rows, block, vocab):
-        return ()
-
-    def step(self, state, logits, masked, tick, key):
-        return djax.Fixed(1).step(state, logits, masked, tick, key)
-
-
-@djax.pytree
-@dataclasses.dataclass(frozen=True)
-class Unbounded(Half):
-    def edit(self, logits, tokens, editable, tick):
-        return tokens, editable & False
+    def step(self, state, look):
+        return djax.Fixed(1).step(state, look)
 
 
 def test_a_decoder_of_one_s_own_that_edits_has_all_it_takes():
-    with pytest.raises(OptionError, match=r"decoder: expected one of the decoders with a method edit, .* got .*Half\(\)"):
-        djax.generate(undecided(1, 2), [5], decoder=Half())
     with pytest.raises(OptionError, match=r"decoder: Unbounded.post_steps: expected a whole number, at least 0 .* got None"):
         djax.generate(undecided(1, 2), [5], decoder=Unbounded())
+    with pytest.raises(OptionError, match=r"Credit\(inner=...\): expected a decoder that does not edit, .* got Unbounded\(\)"):
+        djax.Credit(Unbounded())
 
 
 def test_it_is_read_from_a_command_line():

@@ -15,6 +15,7 @@ from tiny import tiny_model
 from toy import family, toy_model
 
 import djax
+from djax.decoding.contract import write
 from djax.errors import BatchError, CanvasError, DjaxError, OptionError, PromptError
 from djax.plugs import parse
 
@@ -92,10 +93,10 @@ def test_a_family_without_cache_or_soft_embeddings():
 
 
 def test_a_decoder_of_ones_own_must_be_a_pytree(moe_a):
-    class Mine:
+    class Mine(djax.Decoder):
         init = step = print
 
-    with pytest.raises(OptionError, match=r"decoder: Mine has the methods but is no pytree; decorate the class with"):
+    with pytest.raises(OptionError, match=r"decoder: Mine is no pytree; decorate the class with"):
         djax.generate(moe_a, IDS, decoder=Mine())
 
 
@@ -465,31 +466,35 @@ def test_plugs_inside_plugs_have_an_end():
 
 @djax.pytree
 @dataclasses.dataclass(frozen=True)
-class Wrong:
+class Wrong(djax.Decoder):
     """A decoder of a user's own, wrong in one way."""
 
     how: str = dataclasses.field(default="", metadata={"static": True})
 
-    def init(self, rows, block, vocab):
-        return jnp.zeros(rows + 1) if self.how == "init" else ()
-
-    def step(self, state, logits, masked, tick, key):
+    def step(self, state, look):
         if self.how == "raises":
             raise ZeroDivisionError("of the user's")
-        tokens = jnp.ones(masked.shape, jnp.float32 if self.how == "tokens" else jnp.int32)
-        return state, tokens, tokens if self.how == "accept" else masked
+        verdict = write(look, jnp.ones_like(look.tokens), look.masked)
+        if self.how == "tuple":
+            return state, (verdict.tokens, look.masked)
+        if self.how == "tokens":
+            verdict = verdict._replace(tokens=verdict.tokens.astype(float))
+        if self.how == "done":
+            verdict = verdict._replace(done=look.masked)
+        return jnp.zeros(2) if self.how == "state" else state, verdict
 
 
 @pytest.mark.parametrize(
     ("how", "message"),
     [
         ("raises", "decoder: trying Wrong: reading it raised ZeroDivisionError: of the user's"),
-        ("init", "decoder: Wrong.init: expected leaves with leading axis 1"),
+        ("state", "decoder: Wrong.step: expected the state's shapes (), got ShapeDtypeStruct"),
+        ("tuple", "decoder: Wrong.step: expected a djax.Verdict (djax.decoding.contract.write makes one), got (Shape"),
         (
             "tokens",
-            "decoder: Wrong: its tokens: expected integer of shape (1, 4), got ShapeDtypeStruct(shape=(1, 4), dtype=float32)",
+            "decoder: Wrong: the tokens of its verdict: expected integer of shape (4,), got ShapeDtypeStruct(shape=(4,), dty",
         ),
-        ("accept", "decoder: Wrong: what it accepts or replaces: expected bool of shape (1, 4)"),
+        ("done", "decoder: Wrong: done of its verdict: expected bool of shape ()"),
     ],
 )
 def test_a_decoder_of_ones_own_keeps_its_contract(how, message):

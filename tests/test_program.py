@@ -16,6 +16,7 @@ from tiny import CONFIG, tiny_model
 from toy import family, toy_model
 
 import djax
+from djax.decoding.contract import write
 from djax.errors import TripCapError
 from djax.generate import compiled
 from djax.program import decode
@@ -290,9 +291,9 @@ def test_lowered_for_a_gpu_the_experts_are_dense_products(moe_a, monkeypatch, ke
     """The back end follows the platform the program is lowered for, not the machine it is lowered on: only on a CPU without
     djax's own function a layer runs loops over expert tiles. What is left are the decode, its refreshes and its window."""
     monkeypatch.setenv("DJAX_KERNELS", kernels)
-    ask = asking(moe_a, prompts(0)[:2]).asks[0]
-    program = partial(decode, family=moe_a.family, config=moe_a.config, block=16, sampled=False, traced=False)
-    made = jax.jit(program).trace(moe_a.params, ask, djax.Threshold(), djax.Vicinity(4, 4), None)
+    asked = asking(moe_a, prompts(0)[:2], block_length=16, cache=djax.Vicinity(4, 4))
+    ask = asked.asks[0]
+    made = jax.jit(partial(decode, spec=asked.spec(moe_a, ask))).trace(moe_a.params, ask)
     loops = {p: made.lower(lowering_platforms=(p,)).as_text().count("stablehlo.while") for p in ("cuda", "cpu")}
     assert loops == {"cuda": 3, "cpu": 3 + tiles * moe_a.config.layers}
 
@@ -309,14 +310,11 @@ def test_a_window_step_copies_no_cache(moe_a):
 
 @djax.pytree
 @dataclasses.dataclass(frozen=True)
-class Stubborn:
+class Stubborn(djax.Decoder):
     """Breaks the law of progress."""
 
-    def init(self, rows, block, vocab):
-        return ()
-
-    def step(self, state, logits, masked, tick, key):
-        return state, jnp.zeros(masked.shape, jnp.int32), jnp.zeros(masked.shape, bool)
+    def step(self, state, look):
+        return state, write(look, look.tokens, look.open & False)
 
 
 def test_the_cap_ends_a_decoder_that_makes_no_progress(moe_a):
@@ -326,15 +324,12 @@ def test_the_cap_ends_a_decoder_that_makes_no_progress(moe_a):
 
 @djax.pytree
 @dataclasses.dataclass(frozen=True)
-class StopsAfterABlock:
+class StopsAfterABlock(djax.Decoder):
     """Keeps the law of progress in the first block only."""
 
-    def init(self, rows, block, vocab):
-        return ()
-
-    def step(self, state, logits, masked, tick, key):
-        _, tokens, accept = djax.Fixed(1).step(state, logits, masked, tick, key)
-        return state, tokens, accept & (tick.block == 0)[:, None]
+    def step(self, state, look):
+        _, verdict = djax.Fixed(1).step(state, look)
+        return state, write(look, verdict.tokens, (verdict.tokens != look.tokens) & (look.tick.block == 0))
 
 
 def test_the_error_at_the_cap_has_what_was_decoded(small):
