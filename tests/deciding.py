@@ -25,7 +25,7 @@ def decide(
     other = 1 - jnp.minimum(mask_id, 1)
     before = jnp.where(masked, mask_id, other if tokens is None else tokens).astype(jnp.int32)
     may_write = jnp.ones(masked.shape, bool) if may_write is None else jnp.asarray(may_write)
-    rows, block = masked.shape
+    rows = len(masked)
     zero = jnp.zeros(rows, jnp.int32)
     ticks = Tick(zero, zero, zero, jnp.broadcast_to(jnp.asarray(call, jnp.int32), (rows,)))
     step = partial(_step, decoder, jnp.int32(mask_id), jnp.float32(floor), jnp.float32(temperature))
