@@ -4,7 +4,10 @@ Each message names the argument, what was expected, what came and what would wor
 those about a value are `ValueError` too, so callers that know nothing of djax still catch them.
 """
 
+from collections.abc import Sequence
 from typing import Any
+
+MOST_PROBLEMS, MOST_CHARACTERS = 10, 300
 
 
 class DjaxError(Exception):
@@ -60,3 +63,15 @@ class VerifierError(DjaxError, RuntimeError):
 
 class TrainingError(DjaxError, RuntimeError):
     """A training cannot go on: the loss is not finite, or the disk is full. The last good checkpoint is kept."""
+
+
+def shorten(text: str) -> str:
+    """Text from a file or a caller as an error shows it: of any length, so only its first characters."""
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}... ({len(text)} characters)"
+
+
+def list_problems(problems: Sequence[str], separator: str = "\n  ") -> str:
+    """The first ten problems, and how many more there are."""
+    more = len(problems) - MOST_PROBLEMS
+    shown = [shorten(problem) for problem in problems[:MOST_PROBLEMS]]
+    return separator.join([*shown, f"and {more} more"] if more > 0 else shown)
