@@ -83,12 +83,12 @@ def read_bytes(directory: Path, name: str) -> bytes | None:
         return None
     try:
         with os.fdopen(handle, "rb") as file:
-            data = file.read(MOST_TEXT + 1)
+            size = os.fstat(handle).st_size
+            if size > MOST_TEXT:
+                raise CheckpointError(f"{directory / name}: expected at most {MOST_TEXT} bytes, there are {size}")
+            return file.read()
     except OSError as error:
         raise CheckpointError(f"{directory / name}: cannot be read: {error.strerror or error}") from error
-    if len(data) > MOST_TEXT:
-        raise CheckpointError(f"{directory / name}: expected at most {MOST_TEXT} bytes, there are more")
-    return data
 
 
 def read_text(directory: Path, name: str) -> str | None:

@@ -154,7 +154,8 @@ def _ids_of(token: str, files: Mapping[str, Any]) -> dict[str, Any]:
         places = [n for n, pair in enumerate(vocabulary) if isinstance(pair, list) and pair[:1] == [token]]
         if places:
             found["tokenizer.json's vocabulary"] = places[0]
-    for entry in tokenizer.get("added_tokens") or []:
+    added_tokens = tokenizer.get("added_tokens")
+    for entry in added_tokens if isinstance(added_tokens, list) else ():
         if isinstance(entry, dict) and entry.get("content") == token:
             found["tokenizer.json's added_tokens"] = entry.get("id")
     decoder = files.get("tokenizer_config.json", {}).get("added_tokens_decoder")

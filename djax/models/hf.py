@@ -6,8 +6,8 @@ from typing import Any
 
 from djax.errors import UnsupportedModelError, list_problems, shorten
 
-# XLA and numpy count elements and bytes in 64 bits, programs count positions and tokens in 32.
-_MOST, _MOST_ELEMENTS = 2**31 - 1, 2**48
+# Programs count positions, tokens and what they add to them in 32 bits, XLA and numpy count bytes in 64.
+_MOST, _MOST_ELEMENTS = 2**30, 2**48
 
 
 class Reader:
