@@ -75,10 +75,10 @@ class new_directory:
                 self._partial, self._lock = _begin(self._final)
                 # For an interruption in the few instructions that neither this nor __exit__ protects.
                 self._at_exit = weakref.finalize(self, _remove, self._partial, self._lock, os.getpid())
-        except OSError as error:
+        except (OSError, ValueError) as error:
             if (reason := _why_full(error)) is not None:
                 raise CheckpointError(f"{self._final}: {reason}; nothing was left there") from error
-            raise OptionError(f"{self._final}: cannot be made: {error.strerror or error}") from error
+            raise OptionError(f"{shorten(repr(str(self._final)))}: cannot be made: {error}") from error
         except BaseException:
             self._give_up()
             raise

@@ -323,8 +323,12 @@ def other_template(rng, directory):
 
 
 def other_special(rng, directory):
-    name = rng.choice(["tokenizer_config.json", "special_tokens_map.json"])
-    edited(directory, name, **{rng.choice(["mask_token", "eos_token"]): rng.choice(["w3", "<nowhere>", 3, {"content": "w4"}])})
+    """Two names of one token, or a name that no id has. An EOS that differs from config.json's alone is usual."""
+    token = rng.choice(["mask_token", "eos_token"])
+    if rng.random() < 0.5:
+        edited(directory, "special_tokens_map.json", **{token: rng.choice(["w3", "<nowhere>", 3, {"content": "w4"}])})
+    else:
+        edited(directory, "tokenizer_config.json", **{token: rng.choice(["<nowhere>", 3, {"content": "<nowhere>"}])})
 
 
 def stale(rng, directory):
