@@ -65,13 +65,13 @@ class TrainingError(DjaxError, RuntimeError):
     """A training cannot go on: the loss is not finite, or the disk is full. The last good checkpoint is kept."""
 
 
-def shorten(text: str) -> str:
+def shorten(text: str, most: int = MOST_CHARACTERS) -> str:
     """Text from a file or a caller as an error shows it: of any length, so only its first characters."""
-    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}... ({len(text)} characters)"
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
 def list_problems(problems: Sequence[str], separator: str = "\n  ") -> str:
-    """The first ten problems, and how many more there are."""
+    """The first ten problems, and how many more there are. Each may hold two values that are shortened already."""
     more = len(problems) - MOST_PROBLEMS
-    shown = [shorten(problem) for problem in problems[:MOST_PROBLEMS]]
+    shown = [shorten(problem, 3 * MOST_CHARACTERS) for problem in problems[:MOST_PROBLEMS]]
     return separator.join([*shown, f"and {more} more"] if more > 0 else shown)

@@ -663,6 +663,7 @@ def test_the_sound_one_loads(sound):
         ({"a": {"dtype": "Q3", "shape": [12], "data_offsets": [0, 12]}}, "unknown dtype 'Q3'"),
         ({"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}, r"is empty, of shape \[0\]"),
         ({"a": {"dtype": "F32", "shape": [True, 3], "data_offsets": [0, 12]}}, r"has shape \[True, 3\]"),
+        ({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}, "__metadata__": None}, "reads"),
         ([], "the header is no JSON object"),
         ({"__metadata__": {"a": 1}}, "__metadata__ is no object of strings"),
     ],
@@ -670,10 +671,24 @@ def test_the_sound_one_loads(sound):
 def test_headers(tmp_path, header, message):
     text = json.dumps(header).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(12))
+    if message == "reads":
+        assert TensorFiles(tmp_path).found == {"a": ((3,), "F32")}
+        return
     if message is None:  # well formed; the rule table then says that it is not read
         assert TensorFiles(tmp_path).found == {"a": ((12,), "F8_E4M3")}
         return
     with pytest.raises(CheckpointError, match=message):
+        TensorFiles(tmp_path)
+
+
+@pytest.mark.parametrize("number", ["-0", "0.0", "0e0", "-0.0", "00", "+0", "null", '"0"'])
+def test_numbers_that_count_nothing(tmp_path, number):
+    text = f'{{"a":{{"dtype":"F32","shape":[1],"data_offsets":[{number},4]}}}}'.encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
+    with pytest.raises(SafetensorError), safe_open(file, "np"):
+        pass
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
         TensorFiles(tmp_path)
 
 
