@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -267,17 +267,20 @@ class CompileAhead:
 
 @dataclasses.dataclass
 class Info:
-    """Show a checkpoint's family, size and token ids. Reads no weights."""
+    """Show a checkpoint's family, size and token ids. Reads no weights, except to verify them."""
 
     model: Positional[Checkpoint] = None
     """A checkpoint directory; without it, the small model that ships with djax."""
     json: bool = False
     """Print a JSON object."""
+    verify: bool = False
+    """Read all parameters of an Orbax directory and compare them with the SHA-256 sums that `djax convert` noted."""
 
     def run(self, console: Console) -> None:
         from djax.checkpoint import inspect
 
-        facts = inspect(self.model)
+        with working(console, "verifying") if self.verify else nullcontext():
+            facts = inspect(self.model, verify=self.verify)
         if self.json:
             print(json.dumps(facts))
         else:

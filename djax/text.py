@@ -1,6 +1,5 @@
 """Prompts to tokens and tokens to text: the tokenizer, the chat template, and what counts as one prompt."""
 
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,22 +7,17 @@ from typing import Any
 import numpy as np
 
 from djax.checks import show
-from djax.errors import CheckpointError, PromptError
+from djax.errors import PromptError
 from djax.prompts import read
+from djax.tokenizer_files import read_tokenizer
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The HF fast tokenizer of a checkpoint directory, None if it has none. No code of the checkpoint is run."""
-    if not (directory / "tokenizer.json").is_file():
-        return None
-    # transformers advises at import that torch is missing; djax uses its tokenizers alone.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import PreTrainedTokenizerFast
+    """The HF fast tokenizer of a checkpoint directory, None if it has none. No code of the checkpoint is run.
 
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
-    except Exception as error:  # the tokenizer library raises bare Exception for a malformed file
-        raise CheckpointError(f"{directory}: tokenizer.json cannot be read: {error}") from error
+    Raises `CheckpointError` for files that are damaged, contradict each other, or are links out of the directory.
+    """
+    return read_tokenizer(directory)
 
 
 def encode(tokenizer: Any, prompts: Any, vocab: int, mask_id: int, pads: Collection[int] = ()) -> tuple[list[np.ndarray], bool]:
