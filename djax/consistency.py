@@ -14,24 +14,22 @@ from djax.errors import CheckpointError, shorten
 GENERATION = "generation_config.json"
 
 
-def check_generation_config(directory: Path, hf: Mapping[str, Any], tokenizer_eos: int | None) -> None:
+def check_generation_config(directory: Path, hf: Mapping[str, Any]) -> None:
     """generation_config.json against config.json: EOS ids, of which one must be common, and the mask id.
 
-    djax ends answers at config.json's EOS, or else the tokenizer's. Raises `CheckpointError`.
+    What config.json does not name, generation_config.json may. Raises `CheckpointError`.
     """
     generation = read_object(directory, GENERATION)
     if generation is None:
         return
     named = {name: _ids(directory, generation, name) for name in ("eos_token_id", "mask_token_id")}
     for name, ids in named.items():
-        file, used = "config.json", hf.get(name)
-        if used is None and name == "eos_token_id":
-            file, used = "the tokenizer", tokenizer_eos
+        used = hf.get(name)
         known = {i for i in (used if isinstance(used, list) else [used]) if isinstance(i, int)}
         if ids and known and not ids & known:
-            cure = f"set {name} in config.json" if file == "the tokenizer" else "correct the wrong one"
             raise CheckpointError(
-                f"{directory}: {GENERATION} says {name}={generation[name]}, {file} says {used}; {cure}, or remove {GENERATION}"
+                f"{directory}: {GENERATION} says {name}={generation[name]}, config.json says {used}; correct the wrong one, or "
+                f"remove {GENERATION}"
             )
 
 

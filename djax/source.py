@@ -307,11 +307,11 @@ def describe(directory: Path) -> tuple[ModuleType, Any, dict, Any]:
     tokenizer = text.load_tokenizer(directory)
     # Only its token ids are of interest: djax takes its settings from the caller.
     generation = read_object(directory, GENERATION) or {}
-    check_generation_config(directory, hf, None if tokenizer is None else tokenizer.eos_token_id)
     check_dtypes(directory, hf)
     mask_id, eos_ids, named = _special_ids(hf, generation, tokenizer, family, directory)
     config = family.Config.from_hf(hf, mask_id=mask_id, eos_id=eos_ids[0], more_eos_ids=eos_ids[1:])
     _check_ids(mask_id, eos_ids, named, config.vocab, directory)
+    check_generation_config(directory, hf)
     if GENERATION in named["eos"] and eos_ids != named["eos"].get(CONFIG):
         # What is saved or exported has no generation_config.json: its config.json names all of them.
         hf = hf | {"eos_token_id": eos_ids[0] if len(eos_ids) == 1 else list(eos_ids)}

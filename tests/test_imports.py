@@ -70,7 +70,7 @@ ALLOWED = {
     "djax/pictures": ("errors", "pictures"),
     "djax/distill": (
         *("errors", "checks", "compilation", "plugs", "pytree", "caching", "decoding", "smoothing", "model", "generate"),
-        *("checkpoint", "files", "process", "sharding", "source", "training", "distill"),
+        *("checkpoint", "files", "models.hf", "process", "sharding", "source", "training", "distill"),
     ),
     "djax/training": (
         *("errors", "compilation", "text", "models", "model", "checkpoint", "generate", "process", "sharding", "training"),
