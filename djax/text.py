@@ -21,9 +21,13 @@ def load_tokenizer(directory: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     try:
-        return PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:  # the tokenizer library raises bare Exception for a malformed file
         raise CheckpointError(f"{directory}: tokenizer.json cannot be read: {error}") from error
+    from djax import chat_template  # here, since it imports jinja2, which takes long
+
+    chat_template.check_template(tokenizer, str(directory))
+    return tokenizer
 
 
 def encode(tokenizer: Any, prompts: Any, vocab: int, mask_id: int) -> tuple[list[np.ndarray], bool]:
@@ -80,31 +84,28 @@ def _one(tokenizer: Any, prompt: Any) -> np.ndarray:
         return _ids(prompt)
     if tokenizer is None:
         raise PromptError("prompts: this checkpoint has no tokenizer.json, so text has no meaning to it; pass token ids")
+    from djax import chat_template
+
     if isinstance(prompt, str):
         if not prompt.strip():
             raise PromptError("prompts: expected some text, got an empty prompt")
+        if len(prompt) > chat_template.LONGEST:
+            most = f"at most {chat_template.LONGEST:,} characters of text"
+            raise PromptError(f"prompts: expected {most}, got {len(prompt):,}")
         _encodable(prompt)
         if not tokenizer.chat_template:
             return _ids(tokenizer(prompt)["input_ids"])
         prompt = [{"role": "user", "content": prompt}]
-    for message in prompt:
-        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise PromptError(f"prompts: expected chat messages with the strings 'role' and 'content', got {message!r}")
-        if message["role"] not in ("system", "user", "assistant"):
-            raise PromptError(f"prompts: expected role system, user or assistant, got {message['role']!r}")
-        _encodable(message["content"])
-    if not prompt[-1]["content"].strip():
-        raise PromptError("prompts: expected some text, got an empty last message")
-    if not tokenizer.chat_template:
-        raise PromptError("prompts: this checkpoint's tokenizer has no chat template; pass a string or token ids")
-    return _ids(tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True)["input_ids"])
+    rendered = chat_template.render_chat(tokenizer, prompt)
+    _encodable(rendered)
+    return _ids(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
 def _encodable(prompt: str) -> None:
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        raise PromptError(f"prompts: expected text that UTF-8 can write, got {prompt!r}: {error}") from error
+        raise PromptError(f"prompts: expected text that UTF-8 can write, got {prompt!r:.200}: {error}") from error
 
 
 def _ids(prompt: Any) -> np.ndarray:
