@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from datetime import datetime
 from functools import update_wrapper
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 import jinja2.ext
@@ -31,7 +31,7 @@ from jinja2.visitor import NodeTransformer
 from markupsafe import Markup
 
 # Characters of a text and entries of a list: several times what fits any model that djax knows.
-LONGEST = 2_000_000
+LONGEST = 1_000_000
 # What a rendering may do: about a second of loops. Published templates take some hundred steps a message.
 WORK = 2_000_000
 # Where one step takes long, as between two steps of a template with very long expressions.
@@ -102,13 +102,13 @@ class Work:
                     inner += value.values()
                 elif isinstance(value, _Collection):
                     inner += value
-                if len(inner) > LONGEST:
+                if len(inner) > 2 * LONGEST:
                     break
             entries += len(level)
             self.spend(len(level))
             level = inner
-            if size + entries + len(level) > LONGEST:
-                raise LimitError(f"it handles a value of more than {LONGEST:,} characters")
+            if size + entries + len(level) > 2 * LONGEST:
+                raise LimitError(f"it handles a value of more than {2 * LONGEST:,} characters")
         self.spend(size // _READ)
         return size + entries
 
@@ -161,7 +161,8 @@ class _Counting(NodeTransformer):
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:
         self.generic_visit(node)
-        return self._filtered(node, _SLICED) if isinstance(node.arg, nodes.Slice) else node
+        long = isinstance(node.arg, nodes.Slice) and not isinstance(node.node, nodes.Literal)
+        return self._filtered(node, _SLICED) if long else node
 
     def visit_Dict(self, node: nodes.Dict) -> nodes.Dict:
         self.generic_visit(node)
@@ -282,11 +283,10 @@ def _formats(work: Work, template: Any, *values: Any, **named: Any) -> None:
 
 Rule = Callable[..., None]
 # Filters that only pass on what they are given, or take it one by one.
-_LAZY: dict[str, Rule] = dict.fromkeys(
-    ("attr", "count", "d", "default", "first", "items", "last", "length", "map", "random", "reject", "rejectattr", "safe")
-    + ("select", "selectattr", _EACH, _MEASURED),
-    _nothing,
-)
+_LAZY: dict[str, Rule] = {
+    **dict.fromkeys(("attr", "count", "d", "default", "first", "items", "last", "length", "map", "random"), _nothing),
+    **dict.fromkeys(("reject", "rejectattr", "safe", "select", "selectattr"), _nothing),
+}
 _FILTERS: dict[str, Rule] = {
     **_LAZY,
     **dict.fromkeys(("abs", "capitalize", "dictsort", "e", "escape", "filesizeformat", "float", "forceescape"), _reads),
@@ -337,14 +337,29 @@ def _counted(value: Any) -> Any:
     """An argument, which C may go through without a step that is seen here."""
     if isinstance(value, range):
         _work.get().spend(len(value))
-    return _count(value) if isinstance(value, Iterator) else value
+    # A loop's own context is one, too, and goes through what is counted already.
+    return _count(value) if isinstance(value, Iterator) and not isinstance(value, LoopContext) else value
+
+
+def _give(values: list[Any], error: Exception) -> Iterator[Any]:
+    """The error comes when it would have come: never, if nobody asks."""
+    yield from values
+    raise error
 
 
 def _made(work: Work, result: Any, new: bool = True) -> Any:
     """A result, charged if it is new. What it gives one by one is made at once: a long chain of generators, each of which asks
     the one before, would overflow Python's own stack. It can still be gone through only once, and is true if it is empty."""
     if isinstance(result, Iterator):
-        return iter(list(_count(result)))
+        values: list[Any] = []
+        try:
+            for value in _count(result):
+                values.append(value)  # what comes before an error counts
+        except LimitError:
+            raise
+        except Exception as error:
+            return _give(values, error.with_traceback(None))
+        return iter(values)
     if new and isinstance(result, str | bytes):
         work.make(len(result))
     elif new and isinstance(result, dict | _Collection):
@@ -506,7 +521,7 @@ class Bounded(ImmutableSandboxedEnvironment):
 
         return update_wrapper(formatted, value)
 
-    def call(__self, __context: Context, __obj: Any, *values: Any, **named: Any) -> Any:  # noqa: N805  (jinja2's names)
+    def call(__self, __context: Context, __obj: Any, *values: Any, **named: Any) -> Any:
         work = _work.get()
         work.spend(_CALL)
         values = tuple(map(_counted, values))
@@ -551,7 +566,7 @@ def _finalize(context: Context, value: Any) -> Any:
 class _Generation(jinja2.ext.Extension):
     """{% generation %} ... {% endgeneration %}, which marks the assistant's text for those who train, and prints it."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: Any) -> nodes.CallBlock:
         line = next(parser.stream).lineno
@@ -587,7 +602,7 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """A namespace whose names begin with a letter, as transformers has it. Printing one shows nothing that is in it."""
+    """A namespace whose names begin with no underscore, as transformers has it."""
 
     def __init__(*values: Any, **named: Any) -> None:
         self, values = values[0], values[1:]
@@ -606,4 +621,6 @@ class _Namespace(Namespace):
             raise jinja2.exceptions.SecurityError(f"a namespace's names begin with no underscore, got {name!r:.100}")
 
     def __repr__(self) -> str:
-        return "<Namespace>"
+        attributes = dict(self._Namespace__attrs)  # jinja2's name for them
+        _work.get().measure(attributes)
+        return f"<Namespace {attributes!r}>"

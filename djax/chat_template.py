@@ -105,7 +105,7 @@ def _read_message(message: Any) -> Message:
     parts = content if isinstance(content, Sequence) and not isinstance(content, str | bytes) else None
     if not isinstance(role, str) or not (isinstance(content, str) or parts is not None):
         raise PromptError(
-            "prompts: expected chat messages with the strings 'role' and 'content', or a list of text parts as the content, got "
+            "prompts: expected chat messages with the strings 'role' and 'content', which may be a list of text parts, got "
             f"{_shown(message)}"
         )
     if role not in ROLES:

@@ -12,7 +12,9 @@ ALLOWED = {
     "djax/checks.py": ("errors",),
     "djax/pytree.py": (),
     "djax/compilation.py": ("errors",),
-    "djax/text.py": ("errors",),
+    "djax/bounded_jinja.py": (),
+    "djax/chat_template.py": ("errors", "bounded_jinja"),
+    "djax/text.py": ("errors", "chat_template"),
     "djax/native": ("errors", "compilation", "sharding"),
     "djax/models": ("errors", "models", "native", "sharding"),
     "djax/decoding": ("errors", "checks", "pytree", "native", "sharding", "decoding"),
@@ -26,7 +28,7 @@ ALLOWED = {
     "djax/sharding.py": ("errors", "checks"),
     "djax/model.py": ("errors", "checks", "compilation", "models.quantized", "native", "sharding"),
     "djax/program.py": ("caching.contract", "decoding.contract", "models.layers", "native", "sharding", "smoothing", "trace"),
-    "djax/checkpoint.py": ("errors", "convert", "directories", "model", "models.quantized", "sharding", "source"),
+    "djax/checkpoint.py": ("errors", "convert", "directories", "model", "models.hf", "models.quantized", "sharding", "source"),
     "djax/conversion.py": ("errors", "convert", "checkpoint", "directories", "source"),
     "djax/request.py": (
         *("errors", "checks", "text", "plugs", "model", "program"),
@@ -42,7 +44,7 @@ ALLOWED = {
     "djax/pictures": ("errors", "pictures"),
     "djax/distill": (
         *("errors", "checks", "compilation", "plugs", "pytree", "caching", "decoding", "smoothing", "model", "generate"),
-        *("checkpoint", "sharding", "source", "training", "distill"),
+        *("checkpoint", "models.hf", "sharding", "source", "training", "distill"),
     ),
     "djax/training": (*("errors", "compilation", "text", "models", "model", "checkpoint", "generate", "training"),),
 }
