@@ -172,6 +172,23 @@ def test_other_parts(words, content, message):
         render_chat(words, [{"role": "user", "content": content}])
 
 
+def test_messages_that_are_none(words):
+    words.chat_template = STRINGS_ONLY
+    knot = {}
+    knot["knot"] = knot
+    for chat, message in (
+        ([{"content": "a"}], "with the strings 'role' and 'content', which may be a list"),
+        ([{"role": ["user"], "content": "a"}], "with the strings 'role' and 'content', which may be a list"),
+        ([{"role": "tool", "content": "a"}], "expected role system, user or assistant, got 'tool'"),
+        ([USER | {"knot": knot}], "expected chat messages of plain values, got some that are nested too deep"),
+        ([USER | {"content": "\ud800"}], "expected text that UTF-8 can write"),
+    ):
+        with pytest.raises(PromptError, match=message):
+            encode(words, chat, 500, 1)
+    with pytest.raises(PromptError, match="expected chat messages, got str among them"):
+        render_chat(words, [USER, "a"])
+
+
 # --- templates that fail
 
 
