@@ -189,8 +189,8 @@ def _decode_block(
 def _finish_blocks(rows: Rows, ask: Request, block: int, mask_id: int, eos_ids: tuple[int, ...], post: int) -> Rows:
     """Move rows whose block has no mask left to the next block, or end them: at EOS (early stop) or at the canvas' end.
 
-    eos_ids: any of them ends a row, the first one fills what follows. post: the most forwards that a decoder that edits may
-    spend on a block without masks.
+    eos_ids: any of them ends a row, the first one fills what follows.
+    post: the most forwards that a decoder that edits may spend on a block without masks.
     """
     inside = _in_block(rows, ask.total, block)
     finished = rows.active & ~jnp.any(inside & (rows.tokens == mask_id), axis=1)
