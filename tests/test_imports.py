@@ -39,12 +39,16 @@ ALLOWED = {
     "djax/explain.py": ("decoding.contract", "generate", "model", "program", "request"),
     "djax/ahead.py": ("errors", "checks", "compilation", "directories", "native", "generate", "model", "program", "request"),
     "djax/presets.py": ("errors", "configs"),
-    "djax/pictures": ("errors", "pictures"),
+    "djax/pictures": ("errors", "files", "pictures"),
     "djax/distill": (
         *("errors", "checks", "compilation", "plugs", "pytree", "caching", "decoding", "smoothing", "model", "generate"),
-        *("checkpoint", "sharding", "source", "training", "distill"),
+        *("checkpoint", "files", "sharding", "source", "training", "distill"),
     ),
-    "djax/training": (*("errors", "compilation", "text", "models", "model", "checkpoint", "generate", "training"),),
+    "djax/training": (
+        *("errors", "directories", "files", "compilation", "text", "models", "model", "checkpoint", "generate", "training"),
+    ),
+    "djax/files.py": (),
+    "djax/interrupt.py": (),
 }
 
 
