@@ -896,21 +896,20 @@ def _run(arguments: list[str] | None, interrupted: Callable[[], bool]) -> int:
 
 def _drop_output() -> None:
     """What standard output still holds is written, or goes nowhere if it cannot be."""
-    with suppress(AttributeError):  # closed from the start
-        try:
-            sys.stdout.flush()
-        except OSError:
-            with suppress(OSError):  # no file of the system, in a program that caught the output
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    try:
+        print(end="", flush=True)
+    except OSError:
+        with suppress(OSError):  # no file of the system, in a program that caught the output
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _open_what_is_closed() -> None:
     """A closed standard stream's number would go to the next file that is opened, which then gets what is printed."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            number = os.open(os.devnull, os.O_RDWR)
+            if name != "stdin":  # a question that was to come from there is missed
+                setattr(sys, name, os.fdopen(number, "w", encoding="utf-8"))
 
 
 @contextmanager

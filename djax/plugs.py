@@ -14,7 +14,11 @@ def parse(text: str, registry: Mapping[str, type], name: str) -> Any:
     option, what there is, or the arguments the plug takes.
     """
     try:
-        return _build(ast.parse(text.strip(), mode="eval").body, registry, name)
+        try:
+            tree = ast.parse(text.strip(), mode="eval")
+        except ValueError as error:  # characters that no source code has: NUL, half of a surrogate pair
+            raise SyntaxError(str(error)) from error
+        return _build(tree.body, registry, name)
     except (SyntaxError, RecursionError, MemoryError) as error:
         raise OptionError(f"{name}: cannot read {text!r}; write it like {_example(registry)}") from error
 

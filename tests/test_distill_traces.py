@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -149,13 +150,15 @@ def test_hostile_parts_take_no_memory_and_raise_what_they_should(recorded, tmp_p
         distill.Store(tmp_path).part(0)
 
 
-def test_a_full_disk_leaves_what_was_there(recorded, monkeypatch):
-    def full(self, data):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("pathlib.Path.write_bytes", full)
-    with pytest.raises(TraceError, match="No space left on device; what was there before is untouched"):
-        recorded.write(1, list(recorded))
+def test_a_full_disk_leaves_what_was_there(recorded):
+    trajectories, ignore = list(recorded), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+    try:
+        with pytest.raises(TraceError, match=r"cannot be written: .*; what was there before is untouched"):
+            recorded.write(1, trajectories)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        signal.signal(signal.SIGXFSZ, ignore)
     assert recorded.parts == 1
     assert not [f for f in recorded.directory.iterdir() if f.name.startswith(".")]
 
