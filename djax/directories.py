@@ -57,13 +57,13 @@ def new_directory(directory: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
-def _begin(final: Path) -> tuple[Path, IO[str]]:
+def _begin(final: Path) -> tuple[Path, IO[bytes]]:
     """A directory of its own, and its lock, held."""
     while True:
         partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=_PARTIAL, dir=final.parent))
         # Before it is locked somebody may take it for abandoned, and remove it.
         with contextlib.suppress(FileNotFoundError):
-            lock = (partial / _LOCK).open("w")
+            lock = (partial / _LOCK).open("wb")
             fcntl.flock(lock, fcntl.LOCK_EX)
             if os.fstat(lock.fileno()).st_nlink:
                 return partial, lock
@@ -72,7 +72,7 @@ def _begin(final: Path) -> tuple[Path, IO[str]]:
 
 def _remove_if_abandoned(partial: Path) -> None:
     with contextlib.suppress(OSError):  # somebody writes there, or it is none of ours
-        with contextlib.suppress(FileNotFoundError), (partial / _LOCK).open() as lock:
+        with contextlib.suppress(FileNotFoundError), (partial / _LOCK).open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _empty(partial)
         partial.rmdir()

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Levels of a JSON value. What is parsed is written, compared and printed later, each time by a recursion that has a limit.
+_DEEPEST = 100
+
 
 def write(file: str | os.PathLike, data: str | bytes) -> None:
     """Replace a file atomically: a killed process or a full disk leaves the old file or the new one, and nothing else.
@@ -52,6 +55,16 @@ def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None =
     pairs: json's `object_pairs_hook`.
     """
     try:
-        return json.loads(text, object_pairs_hook=pairs)
+        value = json.loads(text, object_pairs_hook=pairs)
     except RecursionError:
         raise ValueError("nested too deep") from None
+    inner = [value] if _nests(value) else []
+    for _ in range(_DEEPEST):
+        inner = [x for outer in inner for x in (outer.values() if isinstance(outer, dict) else outer) if _nests(x)]
+        if not inner:
+            return value
+    raise ValueError("nested too deep")
+
+
+def _nests(value: Any) -> bool:
+    return isinstance(value, dict | list)

@@ -139,7 +139,7 @@ def _compile(defined: tuple[str, ...], library: Path) -> None:
         made = Path(scratch) / library.name
         command = [*compiler, *_FLAGS, own, *defined, f"-I{jax.ffi.include_dir()}", str(_SOURCE), "-o", str(made)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, errors="replace")
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=_SECONDS, errors="replace")
         except subprocess.TimeoutExpired:
             raise Unavailable(f"{compiler[0]} took more than {_SECONDS} seconds for {_SOURCE.name}") from None
         if done.returncode:
@@ -161,7 +161,7 @@ def _compiler() -> list[str]:
 def _processor() -> str:
     """What the compiled code may rely on: a home directory may be shared by unlike machines."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n", 1)[0].splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").split("\n\n", 1)[0].splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()} {platform.node()}"
     named = ("model name", "flags", "Features", "CPU part", "CPU implementer")
