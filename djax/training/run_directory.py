@@ -38,6 +38,9 @@ def begin(directory: Path, described: Mapping[str, Any]) -> None:
     """
     described = json.loads(json.dumps(described))
     file = directory / "run.json"
+    for left in directory.glob(".*.partial"):
+        if left.is_file():  # a process that was killed while it wrote; another directory's parts have locks
+            left.unlink()
     try:
         there = parse_json(read_text(file))
         if not isinstance(there, dict):
