@@ -277,7 +277,9 @@ def fill_the_disk(directory, what, room):
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
 
     sys.addaudithook(hook)
-    with pytest.raises(TrainingError, match=r"run: cannot be written: .*; what was saved before is there, start again to go on"):
+    with pytest.raises(
+        TrainingError, match=r"run: cannot be written: .*; what was saved before is there, start again to go on"
+    ):
         train(FEW, directory, save_every=2, log_every=1)
 
 

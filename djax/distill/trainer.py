@@ -9,7 +9,6 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -33,7 +32,7 @@ from djax.errors import OptionError, TrainingError
 from djax.model import Model, computing
 from djax.sharding import DATA
 from djax.training.objective import balance_loss
-from djax.training.run_directory import append, begin, forget_after, writing
+from djax.training.run_directory import append, begin, forget_after, open_checkpoints, writing
 from djax.training.train import muon
 
 # Logits of one view of all its rows at once, in bytes; beyond, a row's are made at a time and made again for its gradient.
@@ -345,12 +344,7 @@ def train(
     log = directory / "log.jsonl"
     columns = ("{task.description}", "loss {task.fields[loss]:.4f}", "{task.fields[rate]:,.0f} tokens/s")
     bar = Progress(*map(TextColumn, columns), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
-    saved = orbax.Checkpointer(
-        (directory / "checkpoints").resolve(),
-        preservation_policy=policies.AnyPreservationPolicy(keep),
-        cleanup_tmp_directories=True,
-    )
-    try:
+    with open_checkpoints(directory, policies.AnyPreservationPolicy(keep)) as saved:
         if saved.latest is not None:
             state = saved.load(saved.latest.step, state)
         first = int(state.step)
@@ -387,13 +381,6 @@ def train(
                     metrics = None if figures is None else {"score": figures["score"]}
                     with writing(directory):
                         saved.save_async(done, copy, force=True, metrics=metrics)
-    except BaseException:
-        # What went wrong first is told, not what it made of a checkpoint that was under way.
-        with suppress(Exception):
-            saved.close()
-        raise
-    with writing(directory):
-        saved.close()
     with orbax.Checkpointer((directory / "checkpoints").resolve()) as saved:
         scored = [c for c in saved.checkpoints if c.metrics and "score" in c.metrics]
         best = max(scored, key=lambda c: (c.metrics["score"], c.step), default=saved.latest)

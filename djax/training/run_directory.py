@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,25 @@ def has_checkpoints(directory: Path) -> bool:
     """Whether something has been trained in this run's directory."""
     there = directory / "checkpoints"
     return there.is_dir() and any(step.name.isdecimal() for step in there.iterdir())
+
+
+@contextmanager
+def open_checkpoints(directory: Path, policy: Any) -> Iterator[Any]:
+    """Orbax's checkpointer of a run, which keeps what the policy says. What a killed process was writing is removed."""
+    from orbax.checkpoint.experimental.v1 import training as orbax
+
+    place = (directory / "checkpoints").resolve()
+    with writing(directory):
+        saved = orbax.Checkpointer(place, preservation_policy=policy, cleanup_tmp_directories=True)
+    try:
+        yield saved
+    except BaseException:
+        # The original error is raised, not the one from closing.
+        with suppress(Exception):
+            saved.close()
+        raise
+    with writing(directory):
+        saved.close()
 
 
 def begin(directory: Path, described: Mapping[str, Any]) -> None:

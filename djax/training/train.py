@@ -21,7 +21,7 @@ from djax.errors import CheckpointError, OptionError
 from djax.model import Model
 from djax.models import FAMILIES
 from djax.training import data, objective, tokenizer
-from djax.training.run_directory import append, begin, forget_after, has_checkpoints, writing
+from djax.training.run_directory import append, begin, forget_after, has_checkpoints, open_checkpoints, writing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +148,7 @@ def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 
     state = State(params, optimizer(run).init(params), jnp.int32(0))
     keep = orbax.preservation_policies.LatestN(2)
     log = directory / "log.jsonl"
-    places = dict(preservation_policy=keep, cleanup_tmp_directories=True)
-    with orbax.Checkpointer((directory / "checkpoints").resolve(), **places) as saved:
+    with open_checkpoints(directory, keep) as saved:
         if saved.latest is not None:
             state = saved.load(saved.latest.step, state)
         first, static = int(state.step), _Hashable(run)
