@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from djax.cache_entries import keep_entries_whole
 from djax.errors import OptionError
 
 ENVIRONMENT = "DJAX_COMPILE_CACHE"
@@ -31,6 +32,8 @@ def compile_cache(directory: str | os.PathLike | None) -> None:
     jax.config.update("jax_compilation_cache_dir", directory and str(directory))
     # jax settles whether it has a cache at its first compile; a program that used jax before djax must ask anew.
     compilation_cache.reset_cache()
+    if directory is not None:
+        keep_entries_whole(directory)
     _decided = True
 
 
