@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 import djax
+from djax.sharding import find_devices
 
 
 def circumstances() -> dict[str, Any]:
@@ -19,7 +20,7 @@ def circumstances() -> dict[str, Any]:
     if commit and _git("status", "--porcelain", "--", "djax", "convert", "benchmarks/*.py"):
         commit += "+changes"
     return {
-        "hardware": f"{_processor()}, {jax.devices()[0].platform}",
+        "hardware": f"{_processor()}, {find_devices()[0].platform}",
         "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "allocator": "tcmalloc" if "tcmalloc" in os.environ.get("LD_PRELOAD", "") else "default",
         "python": platform.python_version(),

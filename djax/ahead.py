@@ -17,6 +17,7 @@ from djax.directories import free, new_directory
 from djax.errors import OptionError
 from djax.generate import ask, compiled
 from djax.model import Model, computing
+from djax.process import with_own_settings
 from djax.program import Request, Rows, decode
 from djax.request import Asked
 
@@ -27,6 +28,7 @@ _RESULTS = ("tokens", "active", "forwards", "refreshes", "positions")
 _UNPROMISED = ("__gpu$xla.gpu.triton", "LayoutConstraint")
 
 
+@with_own_settings
 def compile(model: Model, *, prompt_length: int = 64, rows: int = 1, **options: Any) -> tuple[int, float]:
     """Compile the program that `djax.generate(model, prompts, **options)` would run for `rows` prompts of up to
     `prompt_length` tokens, and keep it: in this process, and in the compile cache for the next.
@@ -39,6 +41,7 @@ def compile(model: Model, *, prompt_length: int = 64, rows: int = 1, **options: 
     return asked.asks[0].tokens.shape[1], compiled(model, asked, asked.asks[0])[1]
 
 
+@with_own_settings
 def export_program(
     model: Model,
     directory: str | os.PathLike,
@@ -53,7 +56,8 @@ def export_program(
     program.jaxexport: what `jax.export.deserialize` reads; its `call(parameters, request, numbers)` returns a dict of tokens
     int32 `[B, L]`, forwards, refreshes and positions int32 `[B]`, and active bool `[B]`, true only for a row left unfinished.
     parameters.safetensors: the first argument, a flat dict. manifest.json: shapes and dtypes of the request's fields
-    (`djax.program.Request` has their meaning), the numbers of decoder, cache and smoothing as they were given, the mask's id.
+    (`djax.program.Request` has their meaning), the numbers of decoder, cache and smoothing as they were given, the ids of
+    the mask and of every token that ends an answer (eos_id, the first of eos_ids, fills what follows).
 
     platform: what it is to run on, cpu, cuda, rocm or tpu, which need not be here; None for this process' own. The other
     options are `generate`'s. The directory must not exist and appears whole or not at all. Raises `OptionError` for an unknown
@@ -95,6 +99,7 @@ def export_program(
         "decoder, cache, smoothing": [repr(p) for p in asked.plugs],
         "mask_id": model.config.mask_id,
         "eos_id": model.config.eos_id,
+        "eos_ids": list(model.config.eos_ids),
     }
     with new_directory(directory) as partial:
         (partial / PROGRAM).write_bytes(exported.serialize())
@@ -108,5 +113,5 @@ def _asked(model: Model, prompt_length: int, rows: int, options: dict[str, Any],
     rows = whole_number(rows, "rows", at_least=1)
     if options.get("max_batch") is not None:
         raise OptionError(f"max_batch: expected None, the rows of a program are `rows`; got {options['max_batch']!r}")
-    token = next(t for t in range(3) if t not in (model.config.mask_id, model.config.eos_id))
+    token = int(model.config.mask_id == 0)  # the one id that no prompt may hold
     return ask(model, [[token] * prompt_length] * rows, options, caller)

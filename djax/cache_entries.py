@@ -33,7 +33,7 @@ class Entries:
         return None
 
     def put(self, key: str, value: bytes) -> None:
-        write(self._file(key), value + hashlib.sha256(value).digest())
+        write(self._file(key), value + hashlib.sha256(value).digest(), mode=0o600)
 
     def clear(self) -> None:
         """jax drops its caches; files stay, as those of its own cache do."""

@@ -1,6 +1,5 @@
 """Checkpoints in and out: HF directories read directly, Orbax directories saved and restored, HF written back."""
 
-import dataclasses
 import json
 import math
 import os
@@ -23,11 +22,14 @@ from djax.convert import orbax_files, rules, safetensors_files
 from djax.directories import new_directory
 from djax.errors import CheckpointError, OptionError
 from djax.model import Model
+from djax.models.hf import list_settings
+from djax.process import refuse_transfer_guard, with_own_settings
 from djax.source import DTYPES, MANIFEST, ORBAX, Source, kinds, name_of, opened, shapes, written
 
 NOT_FINITE = ("warn", "refuse", "allow")
 
 
+@with_own_settings
 def load(
     path: str | os.PathLike | None = None,
     *,
@@ -113,7 +115,7 @@ def inspect(path: str | os.PathLike | None = None) -> dict[str, Any]:
             "tokenizer": f"{len(tokenizer)} tokens" if tokenizer is not None else "none",
             "chat template": "yes" if tokenizer is not None and tokenizer.chat_template else "no",
         }
-        return facts | dataclasses.asdict(source.config)
+        return facts | list_settings(source.config)
 
 
 def _places(family: ModuleType, config: Any, mesh: Mesh | None, quantize: str | None = None) -> dict[tuple, Sharding]:
@@ -142,6 +144,7 @@ def hf_names(family: ModuleType, config: Any) -> list[str]:
     return list(dict.fromkeys(rule.source for rule in written(family, config)))
 
 
+@with_own_settings
 def save(model: Model, directory: str | os.PathLike) -> None:
     """Write an Orbax checkpoint that `load` restores: parameters, config, tokenizer and a manifest.
 
@@ -158,7 +161,7 @@ def write_manifest(directory: Path, family: ModuleType, config: Any, dtype: Any,
     """What `source.read_manifest` reads, and what a person may want to know of where the parameters came from."""
     import djax  # whose __init__ imports this module
 
-    facts = {"family": name_of(family), "config": dataclasses.asdict(config), "dtype": str(np.dtype(dtype))}
+    facts = {"family": name_of(family), "config": list_settings(config), "dtype": str(np.dtype(dtype))}
     facts |= {"djax": djax.__version__, **more, "stored": dict(stored)}
     (directory / MANIFEST).write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
 
@@ -180,10 +183,12 @@ def _restore(source: Source, mesh: Mesh | None) -> Any:
     try:
         params = orbax_files.restore(source.directory / ORBAX, traverse_util.unflatten_dict(saved))
     except Exception as error:  # Orbax raises many kinds for a damaged directory; all mean the same to a user
+        refuse_transfer_guard(error)
         raise CheckpointError(f"{source.directory}: the Orbax checkpoint cannot be restored: {error}") from error
     return jax.tree.map(lambda a, leaf: a.astype(leaf.dtype), params, traverse_util.unflatten_dict(source.shapes))
 
 
+@with_own_settings
 def export_hf(model: Model, directory: str | os.PathLike, *, dtype: str | None = None) -> None:
     """Write the model in HF layout: config.json, tokenizer, safetensors (in shards with an index from 5 GB on).
 

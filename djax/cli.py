@@ -220,7 +220,7 @@ class Explain:
                 raise OptionError("--prompt-length: expected without a question, whose length is its own")
             model = djax.load(self.model)
         length = whole_number(64 if self.prompt_length is None else self.prompt_length, "--prompt-length", at_least=1)
-        token = next(t for t in range(3) if t not in (model.config.mask_id, model.config.eos_id))
+        token = int(model.config.mask_id == 0)  # the one id that no prompt may hold
         say(djax.explain(model, [token] * length if self.question is None else typed(self.question), **options))
 
 

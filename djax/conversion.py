@@ -20,6 +20,8 @@ from djax.convert import orbax_files, rules, safetensors_files
 from djax.convert.safetensors_files import TensorFiles
 from djax.directories import free, new_directory
 from djax.errors import CheckpointError, OptionError
+from djax.files import expand_home
+from djax.process import with_own_settings
 from djax.source import ORBAX, Source, kinds, name_of, opened, written
 
 LAYOUTS = ("orbax", "hf")
@@ -44,6 +46,7 @@ class Report:
     verified: bool
 
 
+@with_own_settings
 def convert(
     source: str | os.PathLike,
     out: str | os.PathLike,
@@ -189,7 +192,7 @@ def _equal(name: str, there: np.ndarray, expected: np.ndarray) -> None:
 
 
 def _have_room(out: Path, need: int) -> None:
-    parent = next(p for p in out.expanduser().absolute().parents if p.exists())
+    parent = next(p for p in expand_home(out).absolute().parents if p.exists())
     have = shutil.disk_usage(parent).free
     if need > have:
         raise CheckpointError(f"{out}: needs {need / 1e9:.1f} GB, the disk has {have / 1e9:.1f} GB left")

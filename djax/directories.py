@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import IO
 
 from djax.errors import OptionError
+from djax.files import expand_home
 
 _LOCK, _PARTIAL = ".being-written", ".partial"
 
 
 def free(directory: str | os.PathLike) -> Path:
     """The path, if nothing is there yet."""
-    path = Path(directory).expanduser()
+    path = expand_home(directory)
     if path.exists():
         raise OptionError(f"{path}: already exists; choose another directory or remove it")
     return path

@@ -39,6 +39,10 @@ class UnsupportedModelError(CheckpointError):
     """The checkpoint is of a family, or uses a feature, that djax does not implement."""
 
 
+class ForkError(DjaxError, RuntimeError):
+    """The process was forked from one in which jax had already run; a computation in it would never end."""
+
+
 class TripCapError(DjaxError, RuntimeError):
     """The decoding loop reached its cap with masks left: a decoder broke its law of progress, or the model is not finite.
 

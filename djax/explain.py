@@ -10,6 +10,7 @@ import numpy as np
 from djax.decoding.contract import Tick, draws, edits, post_steps
 from djax.generate import ask
 from djax.model import Model
+from djax.process import with_own_settings
 from djax.program import Request, reach
 from djax.request import Asked, carried_bytes
 
@@ -61,6 +62,7 @@ class Explanation:
         return "\n".join([*lines, "", *table])
 
 
+@with_own_settings
 def explain(model: Model, prompts: Any, **options: Any) -> Explanation | list[Explanation]:
     """What `djax.generate(model, prompts, **options)` would do, one `Explanation` a prompt. Compiles and runs no model.
 

@@ -3,37 +3,47 @@
 import contextlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from djax.errors import OptionError
 
 # Levels of a JSON value. What is parsed is written, compared and printed later, each time by a recursion that has a limit.
 _DEEPEST = 100
 
 
-def write(file: str | os.PathLike, data: str | bytes) -> None:
+def write(file: str | os.PathLike, data: str | bytes, mode: int = 0o666) -> None:
     """Replace a file atomically: a killed process or a full disk leaves the old file or the new one, and nothing else.
 
-    Text is written as UTF-8 with its newlines as they are. The data reaches the disk before the name does. The file gets the
-    permissions any new file of the user gets. Raises `OSError`, after which the old file is still there.
+    Text is written as UTF-8 with its newlines as they are. The data reaches the disk before the
+    name does. mode: the permissions, less the umask; by default those of any new file. Raises
+    `OSError`, after which the old file is still there.
     """
     file = Path(file)
     data = data.encode() if isinstance(data, str) else data
-    handle, partial = tempfile.mkstemp(prefix=f".{file.name[:100]}.", suffix=".partial", dir=file.parent)
+    partial = file.parent / f".{file.name[:40]}.{secrets.token_hex(8)}.partial"
+    # The system subtracts the umask: reading it means setting it, for other threads' new files too.
+    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         with os.fdopen(handle, "wb") as out:
             out.write(data)
             out.flush()
-            umask = os.umask(0)
-            os.umask(umask)
-            os.fchmod(out.fileno(), 0o666 & ~umask)
             os.fsync(out.fileno())
         os.replace(partial, file)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(partial)
         raise
+
+
+def expand_home(path: str | os.PathLike) -> Path:
+    """A path, a leading ~ or ~user expanded. Raises `OptionError` if that user has no home directory."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise OptionError(f"{path}: expected a path, {Path(path).parts[0]} is no known home directory") from None
 
 
 def read_text(file: str | os.PathLike) -> str:

@@ -18,7 +18,9 @@ from djax.decoding.contract import Decoder
 from djax.errors import TripCapError
 from djax.model import Model, computing
 from djax.native import kernels_wanted
+from djax.process import with_own_settings
 from djax.program import Request, Rows, decode
+from djax.programs import PROGRAMS, kinds
 from djax.pytree import classes
 from djax.request import Asked, does_not_fit, prepare
 from djax.sharding import over_rows
@@ -39,8 +41,10 @@ class Generation:
     """One answer.
 
     text:      the decoded tokens; None if the model has no tokenizer.
-    tokens:    int32 `[n]`, generated ids up to, not including, the first EOS. Prompt tokens never count.
-    canvas:    int32 `[P + gen_length]`, the sequence as the program left it; after an early stop the rest is EOS.
+    tokens:    int32 `[n]`, generated ids up to, not including, the first EOS (any of the checkpoint's). Prompt tokens never
+               count.
+    canvas:    int32 `[P + gen_length]`, the sequence as the program left it; after an early stop the rest is EOS, the first
+               that the checkpoint names.
     prompt_length: P, where the generated part of the canvas begins.
     forwards:  network forwards this row took part in, window and whole-canvas alike.
     refreshes: how many of them refilled the cache.
@@ -72,6 +76,7 @@ class Generation:
         return "stop" if len(self.tokens) < len(self.canvas) - self.prompt_length else "length"
 
 
+@with_own_settings
 def generate(
     model: Model,
     prompts: Any,
@@ -143,32 +148,20 @@ def ask(model: Model, prompts: Any, options: dict[str, Any], caller: str) -> Ask
     return prepare(model, prompts, **(known | options))
 
 
-# The last programs used, the oldest first. A program of a CPU takes hundreds of memory mappings, of which Linux gives a
-# process 65,530: without a bound a long sweep over decoders ends in an abort.
-_programs: dict[Any, Any] = {}
-_MOST_PROGRAMS = 32
-
-
 def compiled(model: Model, asked: Asked, ask: Request) -> tuple[Any, float]:
     """The compiled decode of one request, and the seconds it took to get it: 0 if this process had it already."""
     statics = dict(family=model.family, config=model.config, block=asked.block(ask), sampled=asked.sampled, traced=asked.traced)
-    leaves, tree = jax.tree.flatten((model.params, ask, asked.plugs))
-    kinds = tuple((np.shape(a), getattr(a, "dtype", type(a)), getattr(a, "sharding", None)) for a in leaves)
-    key = (tree, kinds, *map(classes, asked.plugs), *statics.values(), kernels_wanted())
-    if key in _programs:
-        _programs[key] = _programs.pop(key)
-        return _programs[key], 0.0
-    began = time.perf_counter()
-    if len(_programs) == _MOST_PROGRAMS:
-        del _programs[next(iter(_programs))]
-    # A function of its own, so that jax's caches let go of it with the program.
-    program = partial(decode, **statics)
-    if model.mesh is not None:
-        program = over_rows(program, model.mesh, ask)
-    with computing(model):
-        made = jax.jit(program).lower(model.params, ask, *asked.plugs).compile()
-    _programs[key] = made
-    return made, time.perf_counter() - began
+    key = (kinds((model.params, ask, asked.plugs)), *map(classes, asked.plugs), *statics.values(), kernels_wanted())
+
+    def compile_program() -> Any:
+        # A function of its own, so that jax's caches let go of it with the program.
+        program = partial(decode, **statics)
+        if model.mesh is not None:
+            program = over_rows(program, model.mesh, ask)
+        with computing(model):
+            return jax.jit(program).lower(model.params, ask, *asked.plugs).compile()
+
+    return PROGRAMS.get(key, compile_program)
 
 
 def _run(model: Model, asked: Asked, ask: Request) -> list[Generation]:
@@ -198,7 +191,7 @@ def _run(model: Model, asked: Asked, ask: Request) -> list[Generation]:
 def _generation(model: Model, rows: Rows, ask: Request, b: int, timing: Timing) -> Generation:
     canvas = rows.tokens[b, : ask.total[b]]
     answer = canvas[ask.prompt[b] :]
-    ends = np.flatnonzero(np.isin(answer, (model.config.eos_id, model.config.mask_id)))
+    ends = np.flatnonzero(np.isin(answer, (*model.config.eos_ids, model.config.mask_id)))
     answer = answer[: ends[0]] if ends.size else answer
     return Generation(
         text=None if rows.active[b] else text.decode(model.tokenizer, answer),

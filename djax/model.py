@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,14 +13,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from djax.checks import whole_number
 from djax.compilation import enable_cache
 from djax.errors import CanvasError, OptionError, PromptError
 from djax.models.quantized import SCALE
 from djax.native import kernels_wanted
+from djax.process import own_settings, with_own_settings
+from djax.programs import PROGRAMS, kinds
 from djax.sharding import DATA
+from djax.sharding import mesh as make_mesh
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,18 +77,36 @@ class Model:
         """Whether a block of positions sees only itself and the blocks before it (LLaDA2)."""
         return getattr(self.family, "BLOCK_CAUSAL", False)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by value, the family by its module's name: for `spawn`ed processes. djax itself never reads a pickle."""
+        specs = None if self.mesh is None else jax.tree.map(lambda a: a.sharding.spec, self.params)
+        axes = None if self.mesh is None else dict(self.mesh.shape)
+        rest = self.tokenizer, dict(self.hf_config), dict(self.stored)
+        return _rebuild, (self.family.__name__, self.config, jax.device_get(self.params), *rest, axes, specs)
+
     def __repr__(self) -> str:
         name = self.family.__name__.rsplit(".", 1)[-1]
-        ids = f"mask {self.config.mask_id}, eos {self.config.eos_id}"
+        ids = f"mask {self.config.mask_id}, eos {', '.join(map(str, self.config.eos_ids))}"
         kind = f"{self.quantized} and {self.dtype}" if self.quantized else self.dtype
         return f"Model({name}, {self.parameter_count:,} parameters, {kind}, {ids})"
+
+
+@with_own_settings
+def _rebuild(
+    family: str, config: Any, params: Any, tokenizer: Any, hf_config: dict, stored: dict, axes: dict | None, specs: Any
+) -> Model:
+    """A model from what `Model.__reduce__` gives, on one device or on a mesh of the same shape."""
+    mesh = None if axes is None else make_mesh(**axes)
+    place = jax.devices()[0] if mesh is None else jax.tree.map(partial(NamedSharding, mesh), specs)
+    params = jax.device_put(params, place)
+    return Model(importlib.import_module(family), config, params, tokenizer, hf_config, stored, mesh)
 
 
 @contextmanager
 def computing(model: Model) -> Iterator[None]:
     """What a model's programs are traced under: its mesh, and full float32 products for float32 parameters, which GPUs would
     otherwise round to TF32; the platform's own choice for bfloat16, whose products are exact in float32 anyway."""
-    with contextlib.ExitStack() as stack:
+    with own_settings(), contextlib.ExitStack() as stack:
         if model.dtype == jnp.float32:
             stack.enter_context(jax.default_matmul_precision("highest"))
         if model.mesh is not None:
@@ -92,7 +114,6 @@ def computing(model: Model) -> Iterator[None]:
         yield
 
 
-@partial(jax.jit, static_argnames=("family", "config", "kernels"))
 def _logits(
     params: Any,
     tokens: jax.Array,
@@ -101,15 +122,14 @@ def _logits(
     *,
     family: ModuleType,
     config: Any,
-    kernels: bool,
 ) -> jax.Array:
-    del kernels  # another program where DJAX_KERNELS has changed meanwhile
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     until = () if block is None else (None, (positions // block + 1) * block)
     x, _ = family.trunk(params, config, family.embed(params, config, tokens), positions, positions < lengths[:, None], *until)
     return family.unembed(params, config, x)
 
 
+@with_own_settings
 def logits(model: Model, tokens: Any, lengths: Any = None, *, block_length: int | None = None) -> jax.Array:
     """The plain full-canvas forward: token ids int `[B, L]` -> float32 `[B, L, V]`.
 
@@ -122,6 +142,7 @@ def logits(model: Model, tokens: Any, lengths: Any = None, *, block_length: int 
         block_length = whole_number(block_length, "block_length", at_least=1)
         if not model.block_causal:
             raise OptionError(f"block_length: expected None, since every position of this family sees all; got {block_length}")
+    block = None if block_length is None else np.int32(block_length)
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or not tokens.size:
         raise PromptError(f"tokens: expected integers of shape [B, L], got {tokens.dtype} of shape {tokens.shape}")
@@ -134,10 +155,12 @@ def logits(model: Model, tokens: Any, lengths: Any = None, *, block_length: int 
     if not whole or lengths.min() < 1 or lengths.max() > tokens.shape[1]:
         raise PromptError(f"lengths: expected {len(tokens)} integers from 1 to {tokens.shape[1]}, got {lengths.tolist()}")
     enable_cache()
+    # A function of its own, so that jax's caches let go of it with the program.
+    program = partial(_logits, family=model.family, config=model.config)
+    arguments = (model.params, tokens.astype(np.int32), lengths.astype(np.int32), block)
     with computing(model):
-        return _logits(
-            *(model.params, tokens.astype(np.int32), lengths.astype(np.int32), block_length),
-            family=model.family,
-            config=model.config,
-            kernels=kernels_wanted(),
-        )
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(model.params)):
+            return program(*arguments)  # inside a transformation of the caller's
+        key = (_logits, model.family, model.config, kernels_wanted(), kinds(arguments))
+        run, _ = PROGRAMS.get(key, lambda: jax.jit(program).lower(*arguments).compile())
+        return run(*arguments)

@@ -5,7 +5,8 @@ It names no decoder, cache policy or model family; it keeps their contracts (`de
 `generate([a, b, c])` gives every row the canvas, forwards and refreshes it gets alone.
 """
 
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from djax import native
 from djax.caching.contract import Policy, appends
 from djax.decoding.contract import Decoder, Tick, edits, post_steps, probability
 from djax.models.layers import Cache
+from djax.process import make_key
 from djax.sharding import split
 from djax.smoothing import Smoothing
 from djax.trace import Record
@@ -113,21 +115,28 @@ def _in_block(rows: Rows, total: jax.Array, block: int) -> jax.Array:
     return (at >= rows.start[:, None]) & (at < jnp.minimum(rows.start + block, total)[:, None])
 
 
-def _without_early_eos(logits: jax.Array, early: jax.Array, eos_id: int) -> jax.Array:
-    """logits `[B, S, V]`, the EOS struck at the positions `[B, S]` where an answer may not end yet."""
+def _is_any(tokens: jax.Array, ids: tuple[int, ...]) -> jax.Array:
+    """Which of the tokens are one of the ids: bool of the tokens' shape."""
+    return reduce(or_, (tokens == one for one in ids))
 
-    def one_column(logits: jax.Array) -> jax.Array:
-        column = jnp.where(early[..., None], NEVER, logits[:, :, eos_id : eos_id + 1])
-        return jax.lax.dynamic_update_slice(logits, column, (0, 0, eos_id))
+
+def _without_early_eos(logits: jax.Array, early: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
+    """logits `[B, S, V]`, every EOS struck at the positions `[B, S]` where an answer may not end yet."""
+
+    def columns(logits: jax.Array) -> jax.Array:
+        for eos_id in eos_ids:
+            column = jnp.where(early[..., None], NEVER, logits[:, :, eos_id : eos_id + 1])
+            logits = jax.lax.dynamic_update_slice(logits, column, (0, 0, eos_id))
+        return logits
 
     def everywhere(logits: jax.Array) -> jax.Array:
-        is_eos = jnp.arange(logits.shape[-1])[None, None, :] == eos_id
+        is_eos = _is_any(jnp.arange(logits.shape[-1])[None, None, :], eos_ids)
         return jnp.where(early[..., None] & is_eos, NEVER, logits)
 
     # A GPU reads the logits through this, and writes none of it; a CPU would write all of them again.
     if split() or native.why_not(logits.dtype) is not None:
         return everywhere(logits)
-    return jax.lax.platform_dependent(logits, cpu=one_column, default=everywhere)
+    return jax.lax.platform_dependent(logits, cpu=columns, default=everywhere)
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -149,7 +158,7 @@ def _decode_block(
     before = _take(rows.tokens, at)
     masked = (before == tick.mask_id) & here
     # The key depends on the row's own seed and counter, not on its place in the batch.
-    key = jax.vmap(lambda s, f: jax.random.fold_in(jax.random.key(s), f))(ask.seed, rows.forwards) if sampled else None
+    key = jax.vmap(lambda s, f: jax.random.fold_in(make_key(s), f))(ask.seed, rows.forwards) if sampled else None
     state, tokens, accept = decoder.step(rows.decoder, logits, masked, tick, key)
     editing = rows.editing
     if editing:
@@ -177,10 +186,11 @@ def _decode_block(
     )
 
 
-def _finish_blocks(rows: Rows, ask: Request, block: int, mask_id: int, eos_id: int, post: int) -> Rows:
+def _finish_blocks(rows: Rows, ask: Request, block: int, mask_id: int, eos_ids: tuple[int, ...], post: int) -> Rows:
     """Move rows whose block has no mask left to the next block, or end them: at EOS (early stop) or at the canvas' end.
 
-    post: the most forwards that a decoder that edits may spend on a block without masks.
+    eos_ids: any of them ends a row, the first one fills what follows. post: the most forwards that a decoder that edits may
+    spend on a block without masks.
     """
     inside = _in_block(rows, ask.total, block)
     finished = rows.active & ~jnp.any(inside & (rows.tokens == mask_id), axis=1)
@@ -190,11 +200,11 @@ def _finish_blocks(rows: Rows, ask: Request, block: int, mask_id: int, eos_id: i
         editing = editing._replace(post=jnp.where(finished, 0, editing.post))
     at = jnp.arange(rows.tokens.shape[1])[None, :]
     generated = inside & (at >= ask.prompt[:, None])
-    stop = finished & ask.early_stop & jnp.any(generated & (rows.tokens == eos_id), axis=1)
+    stop = finished & ask.early_stop & jnp.any(generated & _is_any(rows.tokens, eos_ids), axis=1)
     start = jnp.where(finished, rows.start + block, rows.start)
     fill = stop[:, None] & (at >= start[:, None]) & (at < ask.total[:, None])
     return rows._replace(
-        tokens=jnp.where(fill, eos_id, rows.tokens),
+        tokens=jnp.where(fill, eos_ids[0], rows.tokens),
         active=rows.active & ~stop & (start < ask.total),
         start=start,
         block=rows.block + finished,
@@ -266,7 +276,7 @@ def decode(
         else:
             logits = family.unembed(params, config, _take(x, skip + jnp.arange(block)[None, :]))
         early = rows.start[:, None] + jnp.arange(block)[None, :] < ask.least[:, None]
-        logits = _without_early_eos(logits, early, config.eos_id)
+        logits = _without_early_eos(logits, early, config.eos_ids)
         decoded = _decode_block(rows, logits, ask, decoder, running, tick_of(rows, ask), sampled, whole=cache is None)
         decoded = decoded._replace(positions=rows.positions + jnp.sum(valid, axis=1, dtype=jnp.int32))
         if smoothing is None:
@@ -343,7 +353,7 @@ def decode(
                 lambda c: (window(c[0], carry.cache, c[1]), jnp.zeros_like(c[1])),
                 (rows, plan.window & rows.active),
             )
-        rows = _finish_blocks(rows, ask, block, config.mask_id, config.eos_id, post_steps(decoder))
+        rows = _finish_blocks(rows, ask, block, config.mask_id, config.eos_ids, post_steps(decoder))
         return carry._replace(rows=rows, trips=carry.trips + 1)
 
     zero = jnp.zeros(batch, jnp.int32)

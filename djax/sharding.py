@@ -9,18 +9,36 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from djax.checks import whole_number
 from djax.errors import OptionError
+from djax.process import with_own_settings
 
 DATA, MODEL = AXES = ("data", "model")
 # Logical axes of parameters, as the families name them, to axes of the mesh. What is not here is on every device.
 RULES = {"vocab": MODEL, "heads": MODEL, "expert": MODEL, "mlp": MODEL}
 
 
+def find_devices() -> list[Any]:
+    """jax's devices. Raises `OptionError` if jax is set to platforms that are not there."""
+    try:
+        return jax.devices()
+    except (AssertionError, RuntimeError) as error:
+        # jax asserts that it has a default device, and has none if the only platform is a GPU's that it does not see.
+        wish = jax.config.jax_platforms
+        reason = " ".join(str(error).split()) or "it sees no such device"
+        raise OptionError(
+            f"JAX_PLATFORMS={wish or ''}: expected platforms that jax finds on this machine ({reason}); for an NVIDIA GPU "
+            "install djax[cuda12] and a driver (nvidia-smi must list the GPU); JAX_PLATFORMS=cpu computes on the CPU, and "
+            "without the variable jax takes what there is"
+        ) from None
+
+
+@with_own_settings
 def mesh(model: int = 1, data: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of data x model devices, for `djax.load(path, mesh=...)`.
 
@@ -29,7 +47,7 @@ def mesh(model: int = 1, data: int = 1, devices: Sequence[Any] | None = None) ->
     devices: which; by default jax's first ones. Raises `OptionError` if there are too few.
     """
     model, data = whole_number(model, "model", at_least=1), whole_number(data, "data", at_least=1)
-    there = jax.devices() if devices is None else list(devices)
+    there = find_devices() if devices is None else list(devices)
     if model * data > len(there):
         raise OptionError(
             f"mesh: data={data} times model={model} takes {model * data} devices, there are {len(there)} "
@@ -41,6 +59,15 @@ def mesh(model: int = 1, data: int = 1, devices: Sequence[Any] | None = None) ->
 def split() -> bool:
     """Whether a mesh is set whose model axis splits anything; a caller's own mesh, with other axes, is none of ours."""
     return jax.sharding.get_abstract_mesh().shape.get(MODEL, 1) > 1
+
+
+def dtype_of_sums(dtype: Any) -> Any:
+    """The dtype in which a `shard_map` adds values of this one over devices.
+
+    Float32 on a CPU. XLA's CPU compiler aborts the process on a bfloat16 sum that a `shard_map` with automatic axes makes:
+    it promotes such sums, and cannot clone the copy that their region then ends with.
+    """
+    return jnp.promote_types(dtype, jnp.float32) if jax.default_backend() == "cpu" else dtype
 
 
 def check(given: Any) -> Mesh:

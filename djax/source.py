@@ -20,16 +20,23 @@ from flax import traverse_util
 from djax import text
 from djax.convert import TABLES, orbax_files, rules
 from djax.convert.safetensors_files import READ, TensorFiles, inside, read_json
-from djax.errors import CheckpointError, PathError, UnsupportedModelError
+from djax.errors import CheckpointError, OptionError, PathError, UnsupportedModelError
+from djax.files import expand_home
 from djax.models import FAMILIES
+from djax.sharding import find_devices
 
 SHIPPED = Path(__file__).parent / "small"
 # Others that ship, by name.
 NAMED = {"tiny-td": Path(__file__).parent / "tiny_td"}
 MANIFEST, ORBAX = "djax.json", "params"
+CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer.json"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # How tokenizers of known families spell the mask, for those that do not declare it as their mask token.
 _MASK_TEXTS = ("<|mask|>", "<|mdm_mask|>")
+# Roles that may share an id with each other, but not with the mask.
+_OTHER_ROLES = ("pad", "bos", "unk", "sep", "cls")
+# Published lists have up to five. Each id is a comparison in the compiled program.
+_MOST_EOS_IDS = 64
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 Examine = Callable[[str, np.ndarray], None]
@@ -111,8 +118,10 @@ class Source:
 def opened(path: str | os.PathLike | None, dtype: str | None = None, examine: Examine | None = None) -> Iterator[Source]:
     """The checkpoint at a path, or the small model's. examine: called with each HF tensor as it is read, whole.
 
-    Raises `PathError`, `CheckpointError` (with all that is wrong) or `UnsupportedModelError`.
+    Raises `PathError`, `CheckpointError` (with all that is wrong), `UnsupportedModelError`, or
+    `OptionError` if jax has no devices.
     """
+    find_devices()  # also shapes are traced on one: before anything is fetched
     source = Source(find(path), dtype, examine)
     try:
         yield source
@@ -122,7 +131,10 @@ def opened(path: str | os.PathLike | None, dtype: str | None = None, examine: Ex
 
 def find(path: str | os.PathLike | None) -> Path:
     """The directory of a checkpoint: as it is, or fetched from the hub. Raises `PathError`."""
-    directory = SHIPPED if path is None else Path(path).expanduser()
+    try:
+        directory = SHIPPED if path is None else expand_home(path)
+    except OptionError as error:
+        raise PathError(str(error)) from None
     if not directory.exists():
         directory = NAMED.get(str(path), directory)
     if not directory.exists() and _HUB_ID.fullmatch(str(path)):
@@ -135,8 +147,10 @@ def find(path: str | os.PathLike | None) -> Path:
 
 def _fetch(name: str) -> Path:
     """A hub model's files that djax reads, in the hub's own cache; without a network, as they lie there. None is code."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
+    if constants.HF_HUB_CACHE.startswith("~"):  # it would become a directory of that name here
+        raise PathError(f"{name}: no such directory, and no home directory for the hub's cache; set HF_HOME to a directory")
     # At the top only: repositories keep the same weights for other programs in folders.
     wanted = dict(allow_patterns=["*.json", "*.safetensors", "*.jinja"], ignore_patterns=["*/*"])
     try:
@@ -190,45 +204,105 @@ def describe(directory: Path) -> tuple[ModuleType, Any, dict, Any]:
         )
     family = FAMILIES[names[0]]
     tokenizer = text.load_tokenizer(directory)
-    mask_id, eos_id = _special_ids(hf, tokenizer, family, directory)
-    config = family.Config.from_hf(hf, mask_id=mask_id, eos_id=eos_id)
-    for name, value in (("mask", mask_id), ("eos", eos_id)):
-        if not 0 <= value < config.vocab:
-            raise CheckpointError(
-                f"{directory}: the {name} token id {value} is outside the vocabulary of {config.vocab}; "
-                f"set {name}_token_id in config.json"
-            )
+    generation = _generation_config(directory)
+    mask_id, eos_ids, named = _special_ids(hf, generation, tokenizer, family, directory)
+    config = family.Config.from_hf(hf, mask_id=mask_id, eos_id=eos_ids[0], more_eos_ids=eos_ids[1:])
+    _check_ids(mask_id, eos_ids, named, config.vocab, directory)
+    if GENERATION in named["eos"] and eos_ids != named["eos"].get(CONFIG):
+        # What is saved or exported has no generation_config.json: its config.json names all of them.
+        hf = hf | {"eos_token_id": eos_ids[0] if len(eos_ids) == 1 else list(eos_ids)}
     if tokenizer is not None and len(tokenizer) > config.vocab:
         raise CheckpointError(f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.vocab}")
     return family, config, hf, tokenizer
 
 
-def _special_ids(hf: dict, tokenizer: Any, family: ModuleType, directory: Path) -> tuple[int, int]:
-    """Mask and EOS ids: tokenizer, then config.json, then the family's default, which is announced."""
-    found: dict[str, dict[str, int]] = {"mask": {}, "eos": {}}
+def _generation_config(directory: Path) -> dict:
+    """generation_config.json, empty if there is none. Only its token ids are of interest: djax takes its settings from the
+    caller."""
+    file = directory / GENERATION
+    if not file.is_file():
+        return {}
+    inside(directory, file)
+    found = read_json(file)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, got {type(found).__name__}")
+    return found
+
+
+Named = dict[str, dict[str, tuple[int, ...]]]
+
+
+def _special_ids(
+    hf: dict, generation: dict, tokenizer: Any, family: ModuleType, directory: Path
+) -> tuple[int, tuple[int, ...], Named]:
+    """The mask's id; the ids that end an answer; and every id that the checkpoint names: role -> file -> ids.
+
+    The mask is the tokenizer's or config.json's, which must agree. What ends an answer is config.json's eos_token_id, one id or
+    a list of them, and what generation_config.json names in addition, where it names all of config.json's too (then it says
+    more, otherwise something else); if config.json has none generation_config.json's, then the tokenizer's: that one may end a
+    turn rather than a text. The first id fills what follows an early stop. What no file names is the family's default, which is
+    announced. Raises `CheckpointError` for a value of the wrong type, an empty list and an id that is in it twice.
+    """
+    named: Named = {role: {} for role in ("mask", "eos", *_OTHER_ROLES)}
     if tokenizer is not None:
         vocabulary = tokenizer.get_vocab()
         texts = [t for t in (tokenizer.mask_token, *_MASK_TEXTS) if t in vocabulary]
         if texts:
-            found["mask"]["tokenizer.json"] = vocabulary[texts[0]]
-        if tokenizer.eos_token_id is not None:
-            found["eos"]["tokenizer.json"] = tokenizer.eos_token_id
-    for name in found:
-        value = hf.get(f"{name}_token_id")
-        if isinstance(value, int) and not isinstance(value, bool):
-            found[name]["config.json"] = value
-        elif value is not None:
-            raise CheckpointError(f"{directory / 'config.json'}: {name}_token_id: expected one integer, got {value!r}")
-    if len(set(found["mask"].values())) > 1:
-        raise CheckpointError(f"{directory}: the mask token id differs, {found['mask']}; correct the wrong file")
-    # A tokenizer's eos may end a turn rather than a text, so where the model's config names one it is the config's.
-    eos = found["eos"].get("config.json", found["eos"].get("tokenizer.json"))
-    mask = next(iter(found["mask"].values()), None)
+            named["mask"][TOKENIZER] = (vocabulary[texts[0]],)
+        for role in ("eos", *_OTHER_ROLES):
+            value = getattr(tokenizer, f"{role}_token_id", None)
+            if value is not None:
+                named[role][TOKENIZER] = (value,)
+    for file, found in ((CONFIG, hf), (GENERATION, generation)):
+        for role in ("mask", "eos", "pad", "bos"):
+            value = found.get(f"{role}_token_id")
+            if value is not None:
+                named[role][file] = _read_ids(value, f"{directory / file}: {role}_token_id", many=role == "eos")
+    if len(set(named["mask"].values())) > 1:
+        which = {file: ids[0] for file, ids in named["mask"].items()}
+        raise CheckpointError(f"{directory}: the mask token id differs, {which}; correct the wrong file")
+    mask = next(iter(named["mask"].values()), None)
     if mask is None:
-        mask = _announce("mask", family.DEFAULT_MASK_ID, directory)
+        mask = (_announce("mask", family.DEFAULT_MASK_ID, directory),)
+    eos = named["eos"].get(CONFIG)
+    generated = named["eos"].get(GENERATION, ())
     if eos is None:
-        eos = _announce("eos", family.DEFAULT_EOS_ID, directory)
-    return mask, eos
+        eos = generated or named["eos"].get(TOKENIZER) or (_announce("eos", family.DEFAULT_EOS_ID, directory),)
+    elif set(eos) < set(generated):
+        eos += tuple(one for one in generated if one not in eos)
+    return mask[0], eos, named
+
+
+def _read_ids(value: Any, where: str, many: bool) -> tuple[int, ...]:
+    """One id, or where there may be many a list of them."""
+    ids = value if many and isinstance(value, list) else [value]
+    expected = "one integer or a list of them" if many else "one integer"
+    if not ids or not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
+        raise CheckpointError(f"{where}: expected {expected}, got {value!r:.200}")
+    if len(set(ids)) != len(ids):
+        raise CheckpointError(f"{where}: expected different ids, got {value!r:.200}")
+    if len(ids) > _MOST_EOS_IDS:
+        raise CheckpointError(f"{where}: expected at most {_MOST_EOS_IDS} ids, got {len(ids)}")
+    return tuple(ids)
+
+
+def _check_ids(mask_id: int, eos_ids: tuple[int, ...], named: Named, vocab: int, directory: Path) -> None:
+    """Every id lies in the vocabulary, and the mask's is no other's: a position that holds it waits for a token, so a token
+    with its id could never be proposed. Other roles often share an id. Raises `CheckpointError`."""
+    used = {"mask": [(mask_id, None)], "eos": [(one, None) for one in eos_ids]}
+    for role in ("eos", *_OTHER_ROLES):
+        used.setdefault(role, []).extend((one, file) for file, ids in named[role].items() for one in ids)
+    for role, ids in used.items():
+        for value, file in ids:
+            where = f"{directory}: " if file is None else f"{directory / file}: "
+            if not 0 <= value < vocab:
+                cure = f"set {role}_token_id in config.json" if file is None else f"correct {role}_token_id there, or remove it"
+                raise CheckpointError(f"{where}the {role} token id {value} is outside the vocabulary of {vocab}; {cure}")
+            if role != "mask" and value == mask_id:
+                raise CheckpointError(
+                    f"{where}the {role} token id {value} is the mask's too, so no {role} token could ever stand in a canvas; "
+                    f"set {role}_token_id or mask_token_id in config.json to its own id"
+                )
 
 
 def _announce(name: str, value: int, directory: Path) -> int:

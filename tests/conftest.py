@@ -1,24 +1,54 @@
 """Shared by all tests: strict jax settings, the recorded data, tiny models, one compile cache a session."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 GOLDENS = Path(__file__).parent / "goldens"
+# Half of compiling is LLVM's optimisation, and half of the rest XLA's newer way to write fused loops. Neither changes HLO, but
+# how sums are rounded and in which kernel: `XLA_FLAGS= pytest` tests what users get, which takes twice the time, and .ci/run
+# tests some of it so.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+PROBE = """
+import sys, jax
+for name in sys.argv[1:]:
+    try:
+        jax.jit(lambda x: x).lower(0).compile({name: 0 if name.endswith("level") else False})
+        print(name)
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
+"""
+
+
+def known_flags():
+    """Those flags that the installed XLA knows: it aborts a process that sets any other."""
+    probe = subprocess.run([sys.executable, "-c", PROBE, *QUICK], capture_output=True, text=True, check=True)
+    known = probe.stdout.split()
+    return " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items() if name in known)
 
 
 def pytest_configure(config):
     # One cache for this process and for the commands that tests start, kept between sessions: compiling is what
     # the suite spends its time on.
     cache = Path(config.rootpath) / ".pytest_cache" / "xla"
-    # Half of compiling is LLVM's optimisation, and half of the rest XLA's newer way to write fused loops. Neither changes HLO,
-    # but how sums are rounded and in which kernel: `XLA_FLAGS= pytest` tests what users get, which takes twice the time, and
-    # .ci/run tests some of it so.
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+    # Workers inherit what the process that starts them has found.
+    if "XLA_FLAGS" not in os.environ:
+        os.environ["XLA_FLAGS"] = known_flags()
     os.environ["DJAX_COMPILE_CACHE"] = str(cache)
     import jax
 
+    from djax.errors import OptionError
+    from djax.private import default_directory, private_directory
+
+    try:
+        private_directory(cache)
+    except OptionError:
+        # A checkout that others may write to, or somebody else's.
+        os.environ["DJAX_COMPILE_CACHE"] = str(default_directory() / "tests")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     config.addinivalue_line("markers", "cpp: needs djax's C++ functions, which need a compiler")
 

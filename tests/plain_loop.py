@@ -76,7 +76,8 @@ def decode(
         logits = np.zeros((1, block_length, c.vocab), np.float32)
         logits[0, : end - begin] = family.unembed(params, c, x[:, begin - left : end - left])[0]
         early = np.arange(begin, end) < len(prompt) + min_gen_length
-        logits[0, : end - begin, c.eos_id] = np.where(early, -1e30, logits[0, : end - begin, c.eos_id])
+        for eos_id in c.eos_ids:
+            logits[0, : end - begin, eos_id] = np.where(early, -1e30, logits[0, : end - begin, eos_id])
         masked = np.zeros((1, block_length), bool)
         masked[0, : end - begin] = canvas[begin:end] == c.mask_id
         key = jax.random.fold_in(jax.random.key(seed), out.forwards)[None] if getattr(decoder, "draws", False) else None
@@ -122,7 +123,7 @@ def decode(
                 forward(left, right, min(before + block_length + after, length), begin, end, block, call)
                 call += 1
             turns += 1
-        if early_stop and c.eos_id in canvas[max(begin, len(prompt)) : end]:
+        if early_stop and any(one in canvas[max(begin, len(prompt)) : end] for one in c.eos_ids):
             canvas[end:] = c.eos_id
             break
     return out

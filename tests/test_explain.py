@@ -10,6 +10,7 @@ from toy import family, toy_model
 
 import djax
 from djax.errors import BatchError, CanvasError, DjaxError, OptionError, PromptError
+from djax.programs import Programs
 
 BLOCK = 8
 # Prompts inside the first block, on a border and between two; canvases that end on a border and not; each one mask or more.
@@ -84,11 +85,11 @@ def test_it_runs_no_model_and_compiles_no_decode(monkeypatch):
     """What jax compiles are the policy's own comparisons, of a single number each."""
     module = sys.modules["djax.generate"]
     monkeypatch.setattr(module, "compiled", refuse)
-    programs = set(module._programs)
+    monkeypatch.setattr(module, "PROGRAMS", Programs(most=1))
     model = toy_model(family=family(trunk=refuse, unembed=refuse, expected_embedding=refuse))
     for cache in (None, djax.Prefix(), djax.Dual(every=2), djax.Vicinity(every=3)):
         assert djax.explain(model, [1, 2, 3], cache=cache, smoothing=djax.Smoothing(), decoder=djax.Credit()).blocks
-    assert set(module._programs) == programs
+    assert not len(module.PROGRAMS)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from djax.benchmarks.report import with_part
 from djax.errors import OptionError
 from djax.model import Model
 from djax.models import llada_moe
+from djax.programs import Programs
 from djax.request import bucket
 from djax.training.evaluate import Report, difference, wilson
 from djax.training.problems import held_out
@@ -93,7 +94,7 @@ def measured(speaker, tmp_path_factory):
         patch.setattr(ladder, "BATCH", 2)
         patch.setattr(ladder, "GEN_LENGTH", 140)
         # As in a process of its own, whatever other tests compiled in this one.
-        patch.setattr(sys.modules["djax.generate"], "_programs", {})
+        patch.setattr(sys.modules["djax.generate"], "PROGRAMS", Programs(most=32))
         with pytest.raises(KeyboardInterrupt):
             ladder.measure(speaker, PROBLEMS, out, resume=False, note=killing, rungs=RUNGS)
         killed = (out / "ladder.jsonl").read_text()

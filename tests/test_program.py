@@ -19,6 +19,7 @@ import djax
 from djax.errors import TripCapError
 from djax.generate import compiled
 from djax.program import decode
+from djax.programs import Programs
 from djax.request import prepare
 from djax.training.problems import held_out
 
@@ -233,15 +234,14 @@ def test_one_executable_a_call_and_none_for_what_is_traced(moe_b):
 def test_programs_that_are_let_go_are_gone(monkeypatch):
     """A CPU program holds hundreds of memory mappings: one that leaves djax's own list must not live on in jax's caches."""
     model, client = tiny_model(), jax.devices()[0].client
-    module = sys.modules["djax.generate"]
-    monkeypatch.setattr(module, "_programs", {})
-    monkeypatch.setattr(module, "_MOST_PROGRAMS", 2)
+    kept = Programs(most=2)
+    monkeypatch.setattr(sys.modules["djax.generate"], "PROGRAMS", kept)
     lives = []
     for block_length in (5, 6, 7, 8):
         djax.generate(model, [1, 2, 3], gen_length=20, block_length=block_length)
         gc.collect()
         lives.append(len(client.live_executables()))
-    assert len(module._programs) == 2
+    assert len(kept) == 2
     assert lives[1] > lives[0], "two are kept"
     assert lives[1] == lives[2] == lives[3], "and no more"
 

@@ -19,15 +19,26 @@ from djax.errors import OptionError
 HERE = Path(__file__).parent
 
 
-def test_tokens_are_equal_on_eight_devices():
+def run_on_eight_devices(file):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", HERE / "on_eight_devices.py"], capture_output=True, text=True, env=environment
-    )
+    done = subprocess.run([sys.executable, "-W", "error", HERE / file], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_tokens_are_equal_on_eight_devices():
+    done = run_on_eight_devices("on_eight_devices.py")
     # LLaDA-MoE, narrow and wide, on two meshes, LLaDA on one, LLaDA2 on two.
     assert re.findall(r"equal in (\d of \d)", done.stdout) == [f"{n} of {n}" for n in (5, 5, 2, 2, 1, 1, 1)]
+
+
+def test_bfloat16_int8_and_training_on_two_and_eight_devices():
+    done = run_on_eight_devices("dtypes_on_devices.py")
+    found = re.findall(r"(\w+) (\w+): (?:close|trained)", done.stdout)
+    kinds = ["bfloat16", "int8"]
+    families = ["llada_moe", "llada", "llada2"]
+    assert found == [(name, kind) for name in families for kind in kinds] + [("llada2", "bfloat16")]
 
 
 def test_a_mesh_of_one_is_one_device(moe_a):

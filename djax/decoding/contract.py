@@ -103,7 +103,7 @@ def candidates(
         found = peaks(logits, tick.mask_id)
         other, highest, of_mask_id, _ = found
     else:
-        noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:], logits.dtype))(key)
+        noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:], logits.dtype, mode="low"))(key)
         other, highest, of_mask_id = _two_best(logits + tick.temperature * noise, tick.mask_id)
     is_mask = (of_mask_id > highest) | ((of_mask_id == highest) & (tick.mask_id < other))
     candidate = masked & ~is_mask

@@ -13,11 +13,13 @@ from djax.distill.store import Problem, Store, Trajectory
 from djax.errors import OptionError, TraceError
 from djax.generate import Generation, generate
 from djax.model import Model
+from djax.process import with_own_settings
 
 # Trajectories a file, as many as are lost when a recording is killed.
 PART = 500
 
 
+@with_own_settings
 def record(
     model: Model,
     problems: Sequence[Problem],

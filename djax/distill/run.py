@@ -19,9 +19,10 @@ from djax.distill.settings import Settings
 from djax.distill.store import Problem, Trajectory
 from djax.distill.trainer import Recipe, train
 from djax.errors import OptionError, TraceError
-from djax.files import parse_json, read_text, write
+from djax.files import expand_home, parse_json, read_text, write
 from djax.generate import generate
 from djax.model import Model
+from djax.process import with_own_settings
 from djax.training import problems as word_problems
 from djax.training.evaluate import Report, answered, report
 from djax.training.run_directory import writing
@@ -90,6 +91,7 @@ def generated(problems: Sequence[word_problems.Problem]) -> list[Problem]:
     return [{"prompt": p.question, "result": p.result} for p in problems]
 
 
+@with_own_settings
 def judge(
     model: Model,
     problems: Sequence[Problem],
@@ -149,6 +151,7 @@ def recorded(
     return kept, facts
 
 
+@with_own_settings
 def distil(
     model: Model,
     run: Distillation,
@@ -168,7 +171,7 @@ def distil(
     training/ (`train`) and facts.json. Raises `OptionError` if it holds a finished run, and what `record`, `verify.keep` and
     `train` raise.
     """
-    directory = Path(directory).expanduser()
+    directory = expand_home(directory)
     if (directory / "model").exists():
         raise OptionError(f"{directory / 'model'}: this run is finished; choose another directory or remove it")
     if problems is None:

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from djax.errors import TraceError
-from djax.files import parse_json, read_text, write
+from djax.files import expand_home, parse_json, read_text, write
 from djax.model import Model
+from djax.models.hf import list_settings
 from djax.source import name_of
 
 MANIFEST, FORMAT = "store.json", 1
@@ -73,7 +74,7 @@ def checksum(model: Model) -> str:
     """
     sums = jax.device_get(_sums(model.params))
     leaves = [(jax.tree_util.keystr(path), np.shape(a), int(s)) for (path, a), s in _pairs(model.params, sums)]
-    described = [name_of(model.family), dataclasses.asdict(model.config), sorted(leaves)]
+    described = [name_of(model.family), list_settings(model.config), sorted(leaves)]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
@@ -111,7 +112,7 @@ class Store:
     """
 
     def __init__(self, directory: str | os.PathLike) -> None:
-        self.directory = Path(directory).expanduser()
+        self.directory = expand_home(directory)
         try:
             self.manifest = parse_json(read_text(self.directory / MANIFEST))
             kind, self.settings = self.manifest["format"], dict(self.manifest["settings"])
@@ -127,7 +128,7 @@ class Store:
     @classmethod
     def create(cls, directory: str | os.PathLike, model: Model, settings: Mapping[str, Any]) -> "Store":
         """Open the store, or begin one, of this model and these settings (JSON values)."""
-        path = Path(directory).expanduser()
+        path = expand_home(directory)
         if not (path / MANIFEST).exists():
             try:
                 path.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,9 @@ from djax.distill.lora import Lora
 from djax.distill.objectives import Compression, Row
 from djax.distill.store import Trajectory, checksum
 from djax.errors import OptionError, TrainingError
+from djax.files import expand_home
 from djax.model import Model, computing
+from djax.process import make_key, with_own_settings
 from djax.sharding import DATA
 from djax.training.objective import balance_loss
 from djax.training.run_directory import append, begin, forget_after, open_checkpoints, writing
@@ -273,7 +275,7 @@ def update(state: State, frozen: Any, rows: Row, *, of: _Static) -> tuple[State,
     recipe = of.recipe
     count = len(rows.total)
     numbers = state.step * count + jnp.arange(count)
-    keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(recipe.seed), n))(numbers)
+    keys = jax.vmap(lambda n: jax.random.fold_in(make_key(recipe.seed), n))(numbers)
     progress = state.step.astype(jnp.float32) / recipe.steps
     parts = 1 if of.mesh is None else of.mesh.shape[DATA]
     if recipe.accumulate > 1 and parts > 1:
@@ -300,6 +302,7 @@ def update(state: State, frozen: Any, rows: Row, *, of: _Static) -> tuple[State,
 Evaluate = Callable[[Model], Mapping[str, float]]
 
 
+@with_own_settings
 def train(
     model: Model,
     kept: Sequence[Trajectory],
@@ -331,7 +334,7 @@ def train(
             f"Recipe(rows={recipe.rows}): expected a multiple of accumulate={recipe.accumulate} "
             f"times the mesh's data={model.parts}"
         )
-    directory = Path(directory).expanduser()
+    directory = expand_home(directory)
     begin(directory, _describe(model, examples, recipe))
     state, frozen = _begin(model, recipe)
     places = None if model.mesh is None else jax.tree.map(lambda a: a.sharding, state)
@@ -399,7 +402,7 @@ def _begin(model: Model, recipe: Recipe) -> tuple[State, Any]:
         # Copies: the model stays as it is while its parameters are trained.
         params, frozen = jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), model.params), None
     else:
-        params = low_rank.adapters(recipe.lora, model.family, model.config, jax.random.key(recipe.seed))
+        params = low_rank.adapters(recipe.lora, model.family, model.config, make_key(recipe.seed))
         if model.mesh is not None:
             params = jax.device_put(params, NamedSharding(model.mesh, P()))
         frozen = model.params

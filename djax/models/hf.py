@@ -1,9 +1,17 @@
 """Reading the numbers of a HF config.json: every absent, malformed or unimplemented setting is named, all of them at once."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from djax.errors import UnsupportedModelError
+
+
+def list_settings(config: Any) -> dict[str, Any]:
+    """A family's Config as JSON values. more_eos_ids is listed only if there are any, so that everything which was
+    written or hashed of a config with one EOS id stays as it is."""
+    settings = dataclasses.asdict(config)
+    return {key: value for key, value in settings.items() if key != "more_eos_ids" or value}
 
 
 class Reader:

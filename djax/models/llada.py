@@ -57,9 +57,21 @@ class Config:
     max_positions: int
     mask_id: int
     eos_id: int
+    more_eos_ids: tuple[int, ...] = ()
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Any of them ends an answer. The first, `eos_id`, fills what an early stop leaves."""
+        return (self.eos_id, *self.more_eos_ids)
 
     @classmethod
-    def from_hf(cls, hf: Mapping[str, Any], mask_id: int, eos_id: int) -> "Config":
+    def from_hf(
+        cls,
+        hf: Mapping[str, Any],
+        mask_id: int,
+        eos_id: int,
+        more_eos_ids: tuple[int, ...] = (),
+    ) -> "Config":
         """Read HF's config.json. Raises `UnsupportedModelError` naming every absent, malformed or unimplemented setting."""
         read = Reader("LLaDA", hf, _ONLY)
         heads, width = read("n_heads", int), read("d_model", int)
@@ -79,6 +91,7 @@ class Config:
             max_positions=read("max_sequence_length", int),
             mask_id=mask_id,
             eos_id=eos_id,
+            more_eos_ids=more_eos_ids,
         )
         read.heads(config.heads, config.groups, config.head_dim)
         read.sizes(config.layers)

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from djax.models import expert_cpu, expert_kernel, expert_tiles
 from djax.models.layers import gated, replicated
 from djax.models.quantized import Weights, at, product, values
-from djax.sharding import split
+from djax.sharding import dtype_of_sums, split
 
 # Tokens up to which an accelerator computes all experts on all of them.
 DENSE = 256
@@ -188,14 +188,17 @@ def grouped(
     ids = jnp.where(valid[:, None], routing.ids, w_in.shape[0])
     if not split():
         return summed(x, routing.weights, ids, w_in, w_out)
+    dtype, across = x.dtype, dtype_of_sums(x.dtype)
 
     def own(x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights) -> jax.Array:
         count = w_in.shape[0]
         ids = ids - jax.lax.axis_index("model") * count
         mine = (ids >= 0) & (ids < count)
-        y = summed(x, jnp.where(mine, weights, 0.0), jnp.where(mine, ids, count), w_in, w_out)
-        return jax.lax.psum(y, "model")
+        weights, ids = jnp.where(mine, weights, 0.0), jnp.where(mine, ids, count)
+        y = summed(x.astype(dtype), weights, ids, w_in, w_out)
+        return jax.lax.psum(y.astype(across), "model")
 
     specs = (P(), P(), P(), P("model"), P("model"))
     shards = jax.shard_map(own, in_specs=specs, out_specs=P(), axis_names={"model"}, check_vma=False)
-    return shards(x, routing.weights, ids, w_in, w_out)
+    # x crosses the border in that dtype, too: its gradient is such a sum.
+    return shards(x.astype(across), routing.weights, ids, w_in, w_out).astype(dtype)

@@ -10,6 +10,7 @@ from djax.models.attention import attention
 from djax.models.layers import Cache, by_head, replicated, rms_norm, rotary_angles
 from djax.models.linear import linear
 from djax.models.quantized import SCALE, Int8, Weights, product
+from djax.process import make_key
 
 
 class Transformer(nn.Module):
@@ -144,7 +145,7 @@ class Functions:
         """The parameters' tree without values: boxed `ShapeDtypeStruct`s that know their logical axes."""
         tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
         valid = jax.ShapeDtypeStruct((1, 2), jnp.bool_)
-        return jax.eval_shape(self._network(config, dtype).init, jax.random.key(0), tokens, tokens, valid)["params"]
+        return jax.eval_shape(self._network(config, dtype).init, make_key(0), tokens, tokens, valid)["params"]
 
     def init(self, config: Any, key: jax.Array, dtype: Any = jnp.float32) -> Any:
         """Random parameters, normal with variance 1 / fan-in."""

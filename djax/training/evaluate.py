@@ -9,6 +9,7 @@ from typing import Any
 
 from djax.generate import Generation, generate
 from djax.model import Model
+from djax.process import with_own_settings
 from djax.training.problems import Problem, stated_result
 
 
@@ -58,6 +59,7 @@ def difference(bits: str, other: str, count: int, z: float = 1.96) -> tuple[floa
     return won - lost, won - lost - half, won - lost + half
 
 
+@with_own_settings
 def evaluate(
     model: Model,
     problems: list[Problem],

@@ -20,6 +20,8 @@ from djax.directories import new_directory
 from djax.errors import CheckpointError, OptionError
 from djax.model import Model
 from djax.models import FAMILIES
+from djax.process import make_key, with_own_settings
+from djax.sharding import find_devices
 from djax.training import data, objective, tokenizer
 from djax.training.run_directory import append, begin, forget_after, has_checkpoints, open_checkpoints, writing
 
@@ -106,7 +108,7 @@ def train_step(
     state: State, tokens: jax.Array, response: jax.Array, *, family: ModuleType, config: Any, run: "_Hashable"
 ) -> tuple[State, dict[str, jax.Array]]:
     """One step on tokens int32 `[B, L]`, response bool `[B, L]`; returns the new state and the loss's parts."""
-    key = jax.random.fold_in(jax.random.key(run.it.seed), state.step)
+    key = jax.random.fold_in(make_key(run.it.seed), state.step)
 
     def total(params: Any) -> tuple[jax.Array, dict]:
         return objective.loss(family, params, config, key, tokens, response, run.it.balance)
@@ -123,6 +125,7 @@ class _Hashable:
     it: Run
 
 
+@with_own_settings
 def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 20, console: Any = None) -> Model:
     """Train, or go on training, in `directory`; returns the model and leaves it in `directory/model` in HF layout.
 
@@ -137,6 +140,7 @@ def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 
 
     if (directory / "model").exists():
         raise OptionError(f"{directory / 'model'}: this run is finished; choose another directory or remove it")
+    find_devices()  # before anything is written
     enable_cache()
     begin(directory, dataclasses.asdict(run))
     words = _tokenizer(run, directory)
@@ -144,7 +148,7 @@ def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 
     hf = run.architecture | {"mask_token_id": words.mask_token_id, "eos_token_id": words.eos_token_id}
     config = family.Config.from_hf(hf, mask_id=words.mask_token_id, eos_id=words.eos_token_id)
 
-    params = family.init(config, jax.random.key(run.seed))
+    params = family.init(config, make_key(run.seed))
     state = State(params, optimizer(run).init(params), jnp.int32(0))
     keep = orbax.preservation_policies.LatestN(2)
     log = directory / "log.jsonl"
