@@ -322,7 +322,7 @@ class Convert:
         from djax.conversion import convert
 
         bar = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        with Progress(*bar, console=console, transient=True) as shown:
+        with Progress(*bar, console=console, transient=True, disable=not console.is_terminal) as shown:
             tasks: dict[str, Any] = {}
 
             def progress(what: str, done: int, total: int) -> None:
@@ -534,7 +534,7 @@ class Evaluate:
         whole_number(self.batch, "--batch", at_least=1)
         problems = held_out(whole_number(self.problems, "--problems", at_least=1), self.problem_seed)
         model = djax.load(self.model, dtype=self.dtype, quantize=self.quantize)
-        with Progress(console=console, transient=True) as bar:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("answering", total=len(problems))
             report = evaluate(
                 model, problems, max_batch=self.batch, progress=lambda done: bar.update(task, completed=done), **options

@@ -4,6 +4,7 @@ import contextvars
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -207,7 +208,7 @@ def test_output_that_is_not_utf8(environment):
         assert said in (done.stderr if code else done.stdout)
 
 
-@pytest.mark.parametrize("arguments", [("generate", "--help"), ("info",), ("explain",)])
+@pytest.mark.parametrize("arguments", [("generate", "--help"), ("info",)])
 def test_whoever_reads_the_output_may_stop(arguments):
     command = f"{sys.executable} -m djax.cli {' '.join(arguments)}"
     for shell, codes in (
@@ -252,25 +253,29 @@ def ended(process):
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="moments are told by /proc")
-def test_an_interrupt_is_one_line_at_any_moment(tmp_path):
-    """While importing, reading, compiling and decoding; every other one comes twice. DJAX_TEST_MOMENTS=40 takes as many."""
-    command = ("generate", QUESTION, "--cache", "Dual()")
+@pytest.mark.parametrize("command", ["generate", "convert"])
+def test_an_interrupt_is_one_line_at_any_moment(tmp_path, command):
+    """While importing, reading, compiling, decoding and writing; every other one comes twice. DJAX_TEST_MOMENTS=40 takes as
+    many. Nothing half-written is left."""
+    given = {"generate": (QUESTION, "--cache", "Dual()"), "convert": (GOLDENS / "moe_b", tmp_path / "out")}[command]
     environment = {"DJAX_COMPILE_CACHE": "off", "XLA_FLAGS": ""}
-    began, process = time.monotonic(), start(*command, **environment)
-    imported = time.monotonic() - began
+    process = start(command, *given, **environment)
+    began = time.monotonic()
     assert not ended(process)
-    seconds = time.monotonic() - began - imported
-    moments, cut = int(os.environ.get("DJAX_TEST_MOMENTS", 5)), 0
+    seconds = time.monotonic() - began
+    moments, cut = int(os.environ.get("DJAX_TEST_MOMENTS", 3)), 0
     for n in range(moments):
-        process = start(*command, **environment)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        process = start(command, *given, **environment)
         time.sleep((n + 0.5) / moments * seconds)
         process.send_signal(signal.SIGINT)
         if n % 2:
             time.sleep((0.01, 1.2)[n // 2 % 2])
             process.send_signal(signal.SIGINT)
         cut += ended(process)
+        assert {p.name for p in tmp_path.iterdir()} <= {"out"}
     assert cut > moments / 2
-    print(f"interrupted {cut} of {moments} before their end")
+    print(f"{command}: interrupted {cut} of {moments} before their end")
 
 
 def test_an_interrupt_that_a_finalizer_swallows_or_a_library_renames_ends_the_command(tmp_path):

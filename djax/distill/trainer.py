@@ -346,7 +346,10 @@ def train(
         keep.append(policies.BestN(n=1, get_metric_fn=lambda m: m["score"], keep_checkpoints_without_metrics=False))
     log = directory / "log.jsonl"
     columns = ("{task.description}", "loss {task.fields[loss]:.4f}", "{task.fields[rate]:,.0f} tokens/s")
-    bar = Progress(*map(TextColumn, columns), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
+    quiet = console is not None and not console.is_terminal  # nobody watches; log.jsonl has it all
+    bar = Progress(
+        *map(TextColumn, columns), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, disable=quiet
+    )
     with open_checkpoints(directory, policies.AnyPreservationPolicy(keep)) as saved:
         if saved.latest is not None:
             state = saved.load(saved.latest.step, state)

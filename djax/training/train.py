@@ -157,7 +157,10 @@ def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 
             state = saved.load(saved.latest.step, state)
         first, static = int(state.step), _Hashable(run)
         columns = ("{task.description}", "loss {task.fields[loss]:.4f}", "{task.fields[rate]:,.0f} tokens/s")
-        bar = Progress(*map(TextColumn, columns), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
+        quiet = console is not None and not console.is_terminal  # nobody watches; log.jsonl has it all
+        bar = Progress(
+            *map(TextColumn, columns), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, disable=quiet
+        )
         forget_after(log, first)
         with bar:
             task = bar.add_task("training", total=run.steps, completed=first, loss=float("nan"), rate=0.0)
