@@ -11,12 +11,12 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 
 from djax import native
-from djax.checks import whole_number
+from djax.checks import plain_text, show, whole_number, word
 from djax.compilation import enable_cache
 from djax.directories import free, new_directory
 from djax.errors import OptionError
 from djax.generate import ask, compiled
-from djax.model import Model, computing
+from djax.model import Model, computing, known_model
 from djax.process import with_own_settings
 from djax.program import Request, Rows, decode
 from djax.request import Asked
@@ -63,11 +63,10 @@ def export_program(
     options are `generate`'s. The directory must not exist and appears whole or not at all. Raises `OptionError` for an unknown
     platform, for a model on a mesh, and where the package flatbuffers is not installed.
     """
+    known_model(model)
     free(directory)  # before anything is traced
     platform = jax.default_backend() if platform is None else platform
-    platform = "cuda" if platform == "gpu" else platform
-    if platform not in PLATFORMS:
-        raise OptionError(f"platform: expected one of {', '.join(PLATFORMS)}, got {platform!r}")
+    platform = word("cuda" if plain_text(platform) == "gpu" else platform, "platform", PLATFORMS)
     if importlib.util.find_spec("flatbuffers") is None:
         raise OptionError(
             "export_program: jax writes its exports with flatbuffers, which is not installed; pip install flatbuffers"
@@ -109,9 +108,11 @@ def export_program(
 
 def _asked(model: Model, prompt_length: int, rows: int, options: dict[str, Any], caller: str) -> Asked:
     """The request of prompts of this length, whose tokens do not matter."""
+    known_model(model)
     prompt_length = whole_number(prompt_length, "prompt_length", at_least=1)
     rows = whole_number(rows, "rows", at_least=1)
     if options.get("max_batch") is not None:
-        raise OptionError(f"max_batch: expected None, the rows of a program are `rows`; got {options['max_batch']!r}")
+        raise OptionError(f"max_batch: expected None, the rows of a program are `rows`; got {show(options['max_batch'])}")
     token = int(model.config.mask_id == 0)  # the one id that no prompt may hold
-    return ask(model, [[token] * prompt_length] * rows, options, caller)
+    # However long and however many, they take no memory before they are found to fit.
+    return ask(model, np.broadcast_to(np.int32(token), (rows, prompt_length)), options, caller)

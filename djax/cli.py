@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -213,6 +213,8 @@ class Explain:
     def run(self, console: Console) -> None:
         options = self.decoding.options()
         with working(console, "loading"):
+            import numpy as np
+
             import djax
             from djax.checks import whole_number
 
@@ -221,7 +223,9 @@ class Explain:
             model = djax.load(self.model)
         length = whole_number(64 if self.prompt_length is None else self.prompt_length, "--prompt-length", at_least=1)
         token = int(model.config.mask_id == 0)  # the one id that no prompt may hold
-        say(djax.explain(model, [token] * length if self.question is None else typed(self.question), **options))
+        # However long, it takes no memory before it is found to fit.
+        prompt = np.broadcast_to(np.int32(token), (length,)) if self.question is None else typed(self.question)
+        say(djax.explain(model, prompt, **options))
 
 
 @dataclasses.dataclass
@@ -279,17 +283,20 @@ class CompileAhead:
 
 @dataclasses.dataclass
 class Info:
-    """Show a checkpoint's family, size and token ids. Reads no weights."""
+    """Show a checkpoint's family, size and token ids. Reads no weights, except to verify them."""
 
     model: Positional[Checkpoint] = None
     """A checkpoint directory; without it, the small model that ships with djax."""
     json: bool = False
     """Print a JSON object."""
+    verify: bool = False
+    """Read all parameters of an Orbax directory and compare them with the SHA-256 sums that `djax convert` noted."""
 
     def run(self, console: Console) -> None:
         from djax.checkpoint import inspect
 
-        facts = inspect(self.model)
+        with working(console, "verifying") if self.verify else nullcontext():
+            facts = inspect(self.model, verify=self.verify)
         if self.json:
             say(json.dumps(facts))
         else:

@@ -11,6 +11,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from djax.cache_entries import keep_entries_whole
+from djax.checks import path
 from djax.errors import OptionError
 from djax.private import check_contents, default_directory, private_directory
 
@@ -26,7 +27,7 @@ def compile_cache(directory: str | os.PathLike | None) -> None:
     directory: an absolute path on a local disk; ~ is expanded. It is made private, with `OptionError` where it cannot be
     (`private_directory`), or where it holds what another user put there. For a remote cache use jax's own setting instead.
     """
-    _keep_in(directory, "compile cache")
+    _keep_in(directory if directory is None else path(directory, "directory"), "compile cache")
 
 
 def enable_cache() -> None:

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from djax.checks import show, type_name
 from djax.decoding.contract import Tick, draws, edits, post_steps
+from djax.errors import OptionError
 from djax.generate import ask
 from djax.model import Model
 from djax.process import with_own_settings
@@ -92,11 +94,11 @@ def _facts(model: Model, asked: Asked, ask: Request, b: int) -> dict[str, str]:
         "legal": f"cache: {has[hasattr(model.family, 'empty_cache')]}; smoothing: "
         f"{has[hasattr(model.family, 'expected_embedding')]}; gen_length: up to {model.config.max_positions - prompt} after "
         f"this prompt; before and after of a cache's window: up to {total}",
-        "decoder": repr(decoder)
+        "decoder": show(decoder)
         + (" (draws from the seed)" if draws(decoder) else "")
         + (f" (edits: up to {post_steps(decoder)} more forwards a block)" if edits(decoder) else ""),
-        "cache": f"{policy}, windows of {window}" if policy.keeps else "None",
-        "smoothing": repr(smoothing),
+        "cache": f"{show(policy)}, windows of {window}" if policy.keeps else "None",
+        "smoothing": show(smoothing),
         "canvas": f"{prompt} of the prompt + {total - prompt} = {total} positions, in a program for {rows} rows of {length}",
         "free to change": f"prompts and lengths up to {length} positions together, seeds, early_stop, {_leaves(asked)}",
         "compiles anew": "what is not listed above: another number of rows, block_length, kind of plug or static number",
@@ -146,6 +148,9 @@ def _schedule(model: Model, asked: Asked, ask: Request, b: int, pace: int) -> li
         while masks > 0 or post < most:
             plan = policy.plan(_tick(turns if smoothing is None else forwards, forwards, index, len(mine)), jnp.array([cached]))
             full, refresh, window, append = (x is not None and bool(x[0]) for x in plan)
+            if not (full or window or append):
+                where = f"turn {turns}, block {index}"
+                raise OptionError(f"cache: expected a forward in every turn, {type_name(policy)} asks for none in {where}")
             if full:
                 mine.append(Forward(True, refresh, end if model.block_causal else total))
             if append:

@@ -59,13 +59,17 @@ def decode(data: bytes) -> str:
     return data.decode("utf-8-sig")
 
 
-def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+def parse_json(
+    text: str,
+    pairs: Callable[[list[tuple[str, Any]]], Any] | None = None,
+    integer: Callable[[str], Any] | None = None,
+) -> Any:
     """A JSON value. Raises `ValueError` for anything else, also for one nested too deep, which json itself does not.
 
-    pairs: json's `object_pairs_hook`.
+    pairs, integer: json's `object_pairs_hook` and `parse_int`.
     """
     try:
-        value = json.loads(text, object_pairs_hook=pairs)
+        value = json.loads(text, object_pairs_hook=pairs, parse_int=integer)
     except RecursionError:
         raise ValueError("nested too deep") from None
     inner = [value] if _nests(value) else []

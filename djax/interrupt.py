@@ -75,8 +75,11 @@ def hold() -> Iterator[Callable[[], bool]]:
                 came.clear()
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             elif kind[0] == signal.SIGINT:
-                if not raised.wait(PATIENCE) or time.monotonic() - came[0] > SAME:
-                    leave()
+                while not raised.wait(PATIENCE) or time.monotonic() - came[0] > SAME:
+                    # Another handler is one that holds interrupts back for a while, as the removal of what is half-written does.
+                    if signal.getsignal(signal.SIGINT) in (interrupt, leave):
+                        leave()
+                    time.sleep(0.02)
 
     def report(problem: Any) -> None:
         """An interrupt that came in a finalizer, where nothing can be raised, is raised again."""

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -15,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from djax.checks import whole_number
+from djax import prompts
+from djax.checks import reading, show, type_name, whole_number
 from djax.compilation import enable_cache
-from djax.errors import CanvasError, OptionError, PromptError
+from djax.errors import BatchError, CanvasError, OptionError, PromptError
 from djax.models.quantized import SCALE
 from djax.native import kernels_wanted
 from djax.process import own_settings, with_own_settings
@@ -77,6 +79,12 @@ class Model:
         """Whether a block of positions sees only itself and the blocks before it (LLaDA2)."""
         return getattr(self.family, "BLOCK_CAUSAL", False)
 
+    @property
+    def pad_ids(self) -> tuple[int, ...]:
+        """The ids that fill rows of a batch up, as tokenizer and config.json name them, or else EOS, as is usual then."""
+        named = {getattr(self.tokenizer, "pad_token_id", None), self.hf_config.get("pad_token_id")}
+        return tuple(i for i in named if type(i) is int) or (self.config.eos_id,)
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by value, the family by its module's name: for `spawn`ed processes. djax itself never reads a pickle."""
         specs = None if self.mesh is None else jax.tree.map(lambda a: a.sharding.spec, self.params)
@@ -100,6 +108,18 @@ def _rebuild(
     place = jax.devices()[0] if mesh is None else jax.tree.map(partial(NamedSharding, mesh), specs)
     params = jax.device_put(params, place)
     return Model(importlib.import_module(family), config, params, tokenizer, hf_config, stored, mesh)
+
+
+def known_model(model: Any) -> None:
+    """`OptionError` for anything but a model."""
+    if not issubclass(type(model), Model):
+        raise OptionError(f"model: expected a djax.Model, as djax.load() returns, got {show(model)} of type {type_name(model)}")
+
+
+def device_memory() -> int:
+    """Bytes of memory of the default device; on a CPU, of the machine."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @contextmanager
@@ -134,33 +154,102 @@ def logits(model: Model, tokens: Any, lengths: Any = None, *, block_length: int 
     """The plain full-canvas forward: token ids int `[B, L]` -> float32 `[B, L, V]`.
 
     lengths int `[B]` says how many leading tokens of each row are real (default: all); what follows is seen by nobody
-    and its logits mean nothing. block_length: for block-causal families (LLaDA2), a position sees its own block of this length
-    and those before it; None lets all see all. Raises `PromptError` for another shape or an id outside the vocabulary,
-    `CanvasError` for more positions than the model has, `OptionError` for a block_length that means nothing here.
+    and its logits mean nothing. Or tokens is a mapping with input_ids and attention_mask, padded on either side: each position
+    that the mask shows gets what its row alone gets. Without lengths or mask an array is refused if its rows begin, or end with
+    a pad id that is not EOS, in different numbers.
+
+    block_length: for block-causal families (LLaDA2), a position sees its own block of this length and those before it; None
+    lets all see all. Raises `PromptError` for another shape or an id outside the vocabulary, `CanvasError` for more positions
+    than the model has, `BatchError` for logits that do not fit the device, `OptionError` for a block_length that means nothing
+    here.
     """
+    known_model(model)
     if block_length is not None:
         block_length = whole_number(block_length, "block_length", at_least=1)
         if not model.block_causal:
             raise OptionError(f"block_length: expected None, since every position of this family sees all; got {block_length}")
     block = None if block_length is None else np.int32(block_length)
-    tokens = np.asarray(tokens)
-    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or not tokens.size:
-        raise PromptError(f"tokens: expected integers of shape [B, L], got {tokens.dtype} of shape {tokens.shape}")
-    if tokens.min() < 0 or tokens.max() >= model.config.vocab:
-        raise PromptError(f"tokens: expected ids from 0 to {model.config.vocab - 1}, got {tokens.min()} to {tokens.max()}")
-    if tokens.shape[1] > model.config.max_positions:
-        raise CanvasError(f"tokens: {tokens.shape[1]} positions, the model has {model.config.max_positions}")
-    lengths = np.full(len(tokens), tokens.shape[1]) if lengths is None else np.asarray(lengths)
-    whole = np.issubdtype(lengths.dtype, np.integer) and lengths.shape == tokens.shape[:1]
-    if not whole or lengths.min() < 1 or lengths.max() > tokens.shape[1]:
-        raise PromptError(f"lengths: expected {len(tokens)} integers from 1 to {tokens.shape[1]}, got {lengths.tolist()}")
+    tokens, lengths, offsets = _canvases(model, tokens, lengths)
     enable_cache()
     # A function of its own, so that jax's caches let go of it with the program.
     program = partial(_logits, family=model.family, config=model.config)
     arguments = (model.params, tokens.astype(np.int32), lengths.astype(np.int32), block)
     with computing(model):
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(model.params)):
-            return program(*arguments)  # inside a transformation of the caller's
-        key = (_logits, model.family, model.config, kernels_wanted(), kinds(arguments))
-        run, _ = PROGRAMS.get(key, lambda: jax.jit(program).lower(*arguments).compile())
-        return run(*arguments)
+            out = program(*arguments)  # inside a transformation of the caller's
+        else:
+            key = (_logits, model.family, model.config, kernels_wanted(), kinds(arguments))
+            run, _ = PROGRAMS.get(key, lambda: jax.jit(program).lower(*arguments).compile())
+            out = run(*arguments)
+    if not offsets.any():
+        return out
+    back = np.arange(tokens.shape[1])[None, :] - offsets[:, None]
+    return jnp.take_along_axis(out, np.maximum(back, 0)[..., None], axis=1)
+
+
+def _canvases(model: Model, tokens: Any, lengths: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The checked tokens `[B, L]`, moved to the front of their rows; how many there are in each, and by how much they moved."""
+    mask = None
+    with reading("tokens", PromptError):
+        if isinstance(tokens, Mapping):
+            names = "tokens['input_ids']", "tokens['attention_mask']"
+            if not all(name in tokens for name in (prompts.IDS, prompts.MASK)):
+                raise PromptError(f"tokens: expected integers of shape [B, L], or a mapping with {' and '.join(names)}")
+            if lengths is not None:
+                raise PromptError("lengths: expected None, since the tokens have an attention_mask")
+            mask = _rectangle(prompts.whole_rows(tokens[prompts.MASK], names[1], PromptError, bools=True), names[1])
+            tokens = tokens[prompts.IDS]
+        given = prompts.whole_rows(tokens, "tokens", PromptError)
+    tokens = _rectangle(given, "tokens")
+    if tokens.shape[1] > model.config.max_positions:
+        raise CanvasError(f"tokens: {tokens.shape[1]} positions, the model has {model.config.max_positions}")
+    need, have = 4 * tokens.size * model.config.vocab, device_memory()
+    if need > have:
+        raise BatchError(
+            f"tokens: the logits of {len(tokens)} rows of {tokens.shape[1]} need {need / 2**30:.1f} GiB, the device has "
+            f"{have / 2**30:.1f} GiB; pass fewer rows at once"
+        )
+    offsets = np.zeros(len(tokens), int)
+    if mask is not None:
+        if mask.shape != tokens.shape:
+            raise PromptError(f"tokens['attention_mask']: expected the shape of input_ids, {tokens.shape}, got {mask.shape}")
+        spans = np.array([prompts.span(row, f"tokens['attention_mask'], row {i}") for i, row in enumerate(mask)])
+        offsets, lengths = spans[:, 0], spans[:, 1] - spans[:, 0]
+        # What the mask hides may be anything, and is seen by nobody.
+        tokens = np.where(mask == 1, tokens, model.config.eos_id)
+        tokens = np.stack([np.roll(row, -offset) for row, offset in zip(tokens, offsets, strict=True)])
+    elif lengths is None:
+        if isinstance(given, np.ndarray):
+            cure = "pass lengths, or a mapping with input_ids and attention_mask, or lists of ids"
+            # Rows of EOS at the end are what a finished canvas has.
+            ends = set(model.pad_ids) - {model.config.eos_id}
+            prompts.refuse_padded(tokens, model.pad_ids, "tokens", cure, end=ends)
+        lengths = np.full(len(tokens), tokens.shape[1])
+    else:
+        lengths = _lengths(lengths, *tokens.shape)
+    if tokens.min() < 0 or tokens.max() >= model.config.vocab:
+        least, most = show(int(tokens.min())), show(int(tokens.max()))
+        raise PromptError(f"tokens: expected ids from 0 to {model.config.vocab - 1}, got {least} to {most}")
+    return tokens, lengths, offsets
+
+
+def _rectangle(rows: np.ndarray | list[np.ndarray] | None, name: str) -> np.ndarray:
+    """Rows of whole numbers, as `prompts.whole_rows` reads them, as an array `[B, L]`, or `PromptError`."""
+    if isinstance(rows, list) and len({len(row) for row in rows}) == 1:
+        rows = np.stack(rows)
+    if not isinstance(rows, np.ndarray) or rows.ndim != 2 or not rows.size:
+        if isinstance(rows, np.ndarray):
+            what = f"shape {rows.shape}"
+        else:
+            what = "something else" if rows is None else f"rows of {show([len(row) for row in rows])} tokens"
+        raise PromptError(f"{name}: expected integers of shape [B, L], got {what}")
+    return rows
+
+
+def _lengths(lengths: Any, rows: int, length: int) -> np.ndarray:
+    """How many tokens of each row are real, `[B]`, or `PromptError`."""
+    found = prompts.whole_rows(lengths, "lengths", PromptError)
+    whole = isinstance(found, np.ndarray) and found.shape == (rows,)
+    if not whole or found.min() < 1 or found.max() > length:
+        raise PromptError(f"lengths: expected {rows} integers from 1 to {length}, got {show(lengths)}")
+    return found

@@ -4,7 +4,11 @@ import ast
 from collections.abc import Mapping
 from typing import Any
 
+from djax.checks import plain_text, show
 from djax.errors import OptionError
+
+# Plugs spelled out take some hundred characters. Python's parser and what reads its trees go by recursion.
+_LONGEST = 4000
 
 
 def parse(text: str, registry: Mapping[str, type], name: str) -> Any:
@@ -13,14 +17,16 @@ def parse(text: str, registry: Mapping[str, type], name: str) -> Any:
     Nothing is executed: only names of the registry, numbers and None are understood. Raises `OptionError` naming the
     option, what there is, or the arguments the plug takes.
     """
+    plain = plain_text(text)
+    if plain is None or len(plain) > _LONGEST:
+        raise OptionError(f"{name}: expected text of at most {_LONGEST} characters, got {show(text)}")
     try:
-        try:
-            tree = ast.parse(text.strip(), mode="eval")
-        except ValueError as error:  # characters that no source code has: NUL, half of a surrogate pair
-            raise SyntaxError(str(error)) from error
-        return _build(tree.body, registry, name)
-    except (SyntaxError, RecursionError, MemoryError) as error:
-        raise OptionError(f"{name}: cannot read {text!r}; write it like {_example(registry)}") from error
+        return _build(ast.parse(plain.strip(), mode="eval").body, registry, name)
+    except OptionError:
+        raise
+    # ValueError is for null characters and lone surrogates.
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise OptionError(f"{name}: cannot read {show(text)}; write it like {_example(registry)}") from error
 
 
 def _build(node: ast.expr, registry: Mapping[str, type], name: str) -> Any:
@@ -28,10 +34,10 @@ def _build(node: ast.expr, registry: Mapping[str, type], name: str) -> Any:
         node = ast.Name("none")  # so that repr(None) reads back
     call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
     if not isinstance(call.func, ast.Name):
-        raise OptionError(f"{name}: cannot read {ast.unparse(node)!r}; write it like {_example(registry)}")
+        raise OptionError(f"{name}: cannot read {show(ast.unparse(node))}; write it like {_example(registry)}")
     kind = registry.get(call.func.id.lower())
     if kind is None:
-        raise OptionError(f"{name}: unknown {call.func.id!r}; there are: {', '.join(sorted(registry))}")
+        raise OptionError(f"{name}: unknown {show(call.func.id)}; there are: {', '.join(sorted(registry))}")
     takes = list(getattr(kind, "__dataclass_fields__", ()))  # type(None), a registry's "none", takes nothing
     given = [k.arg for k in call.keywords]
     if len(call.args) > len(takes) or set(given) - set(takes) or set(given) & set(takes[: len(call.args)]):

@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+from djax.checks import plain_text, show
 from djax.errors import OptionError
 
 
@@ -19,6 +20,7 @@ def preset(name: str) -> dict[str, Any]:
 
     djax.generate(model, question, **djax.preset("dinfer_vicinity") | dict(gen_length=256)). Raises `OptionError`.
     """
-    if name not in presets():
-        raise OptionError(f"preset: unknown {name!r}; there are: {', '.join(presets())}")
-    return dict(importlib.import_module(f"djax.configs.presets.{name}").PRESET)
+    plain = plain_text(name)
+    if plain not in presets():
+        raise OptionError(f"preset: unknown {show(name)}; there are: {', '.join(presets())}")
+    return dict(importlib.import_module(f"djax.configs.presets.{plain}").PRESET)

@@ -5,16 +5,26 @@ from typing import Any, TypeVar
 
 import jax
 
+from djax.checks import reading, show
+from djax.errors import OptionError
+
 T = TypeVar("T", bound=type)
 
 
 def pytree(cls: T) -> T:
     """Make a frozen dataclass a pytree: its fields are leaves, those with `metadata={"static": True}` set shapes.
 
+    jax rebuilds it without its constructor, so attributes that are no fields are lost. Raises `OptionError` for a class that is
+    no dataclass, or that jax knows already.
+
     Law: structures of different classes are never equal. With `jax.tree_util.register_dataclass` they are, where number of
     leaves and static values agree (jax 0.10.2): then `jit`, whose caches go by that equality, now and then runs the
     program of another class, a threshold's for a hierarchy, and nothing tells.
     """
+    with reading("pytree"):
+        given = issubclass(type(cls), type) and dataclasses.is_dataclass(cls)
+    if not given:
+        raise OptionError(f"pytree: expected a dataclass, got {show(cls)}; write @djax.pytree above @dataclasses.dataclass")
     leaves, static = [], []
     for field in dataclasses.fields(cls):
         (static if field.metadata.get("static") else leaves).append(field.name)
@@ -27,9 +37,16 @@ def pytree(cls: T) -> T:
         return tuple(zip(map(jax.tree_util.GetAttrKey, leaves), values, strict=True)), rest
 
     def unflatten(rest: tuple, values: tuple) -> Any:
-        return cls(**dict(zip(leaves, values, strict=True)), **dict(zip(static, rest, strict=True)))
+        # Not by the constructor: jax puts tracers, shapes and shardings into the fields, which its checks would refuse.
+        plug = object.__new__(cls)
+        for name, value in (*zip(leaves, values, strict=True), *zip(static, rest, strict=True)):
+            object.__setattr__(plug, name, value)
+        return plug
 
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    try:
+        jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    except ValueError as error:
+        raise OptionError(f"pytree: {cls.__name__} is registered with jax already") from error
     return cls
 
 

@@ -1,25 +1,28 @@
 """From what a user asks to what the program takes: every check of the public door, then prompts laid out as canvases."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from djax import text
 from djax.caching import CACHES, Uncached
 from djax.caching.contract import TO_THE_END, Policy, appends
-from djax.checks import boolean, plug, real_number, whole_number
+from djax.checks import boolean, plug, reading, real_number, show, type_name, whole_number, whole_numbers
 from djax.decoding import DECODERS
-from djax.decoding.contract import Decoder, draws, edits, post_steps
+from djax.decoding.contract import Decoder, Tick, draws, edits, post_steps
 from djax.errors import BatchError, CanvasError, OptionError
-from djax.model import Model
+from djax.model import Model, device_memory, known_model
 from djax.plugs import spelled
 from djax.program import Request
+from djax.pytree import classes
 from djax.smoothing import Smoothing
 
+# Of an editing decoder a block: they set the trace's length.
+MOST_POST_STEPS = 1024
 Plugs = tuple[Decoder, Policy, Smoothing | None]
 
 
@@ -63,6 +66,7 @@ def prepare(
 
     Raises `OptionError`, `PromptError`, `CanvasError` or `BatchError`.
     """
+    known_model(model)
     block_length = whole_number(block_length, "block_length", at_least=1)
     temperature = real_number(temperature, "temperature", at_least=0.0)
     early_stop, align_blocks = boolean(early_stop, "early_stop"), boolean(align_blocks, "align_blocks")
@@ -72,11 +76,11 @@ def prepare(
         raise OptionError(
             "align_blocks: expected True, since this family's blocks are counted from the canvas' start; got False"
         )
-    ids, single = text.encode(model.tokenizer, prompts, model.config.vocab, model.config.mask_id)
+    ids, single = text.encode(model.tokenizer, prompts, model.config.vocab, model.config.mask_id, model.pad_ids)
     count = len(ids)
-    seeds = _one_a_prompt(seed, "seed", count, at_least=0, at_most=2**32 - 1)
-    lengths = _one_a_prompt(gen_length, "gen_length", count, at_least=1)
-    least = _one_a_prompt(min_gen_length, "min_gen_length", count, at_least=0)
+    seeds = whole_numbers(seed, "seed", count, at_least=0, at_most=2**32 - 1)
+    lengths = whole_numbers(gen_length, "gen_length", count, at_least=1)
+    least = whole_numbers(min_gen_length, "min_gen_length", count, at_least=0)
     for i, prompt in enumerate(ids):
         if model.block_causal:
             lengths[i] += -(len(prompt) + lengths[i]) % block_length
@@ -97,6 +101,7 @@ def prepare(
         for i in range(0, count, group)
     ]
     asked = Asked(asks, plugs, block_length, temperature > 0 or draws(plugs[0]), trace, single)
+    _try_plugs(model, asks[0], plugs, asked.block(asks[0]), asked.sampled)
     for ask in asks:
         _check_memory(model, ask, plugs, asked.block(ask))
     return asked
@@ -105,26 +110,127 @@ def prepare(
 def _plugs(model: Model, decoder: Any, cache: Any, smoothing: Any) -> Plugs:
     """The three plugs as the program takes them, or `OptionError`: not a plug, or one that the model's family lacks."""
     plug(decoder, "decoder", ("init", "step"), spelled(DECODERS))
+    decoder = _with_values(decoder, "decoder")
     if edits(decoder):
         plug(decoder, "decoder", ("edit",), "the decoders with a method edit, since it has edits = True")
-        whole_number(getattr(decoder, "post_steps", None), f"decoder: {type(decoder).__name__}.post_steps", at_least=0)
+        with reading("decoder"):
+            most = getattr(decoder, "post_steps", None)
+        whole_number(most, f"decoder: {type_name(decoder)}.post_steps", at_least=0, at_most=MOST_POST_STEPS)
     policy = Uncached() if cache is None else cache
     plug(policy, "cache", ("reach", "plan"), spelled(CACHES))
+    policy = _with_values(policy, "cache")
+    with reading("cache"):
+        keeps = getattr(policy, "keeps", None)
+        boolean(keeps, f"cache: {type_name(policy)}.keeps")
+        for reach in policy.reach():
+            whole_number(reach, f"cache: {type_name(policy)}.reach()", at_least=0)
     if smoothing is not None:
         plug(smoothing, "smoothing", ("weight", "least"), "None, djax.Smoothing(...)")
+        smoothing = _with_values(smoothing, "smoothing")
+        with reading("smoothing"):
+            top = getattr(smoothing, "top", None)
+        if top is not None:
+            whole_number(top, f"smoothing: {type_name(smoothing)}.top", at_least=1, at_most=model.config.vocab)
     name = model.family.__name__.rsplit(".", 1)[-1]
     if policy.keeps and not hasattr(model.family, "empty_cache"):
-        raise OptionError(f"cache: expected None, since the family {name} keeps no keys and values; got {cache!r}")
+        raise OptionError(f"cache: expected None, since the family {name} keeps no keys and values; got {show(cache)}")
     if appends(policy) and not model.block_causal:
         raise OptionError(
             f"cache: expected None, Prefix, Dual or Vicinity: in the family {name} finished blocks see later ones, and their "
-            f"keys and values change; got {cache!r}"
+            f"keys and values change; got {show(cache)}"
         )
     if policy.keeps and not appends(policy) and model.block_causal:
-        raise OptionError(f"cache: expected None or Block(), which is exact, for the block-causal family {name}; got {cache!r}")
+        raise OptionError(
+            f"cache: expected None or Block(), which is exact, for the block-causal family {name}; got {show(cache)}"
+        )
     if smoothing is not None and not hasattr(model.family, "expected_embedding"):
-        raise OptionError(f"smoothing: expected None, since the family {name} takes no soft embeddings; got {smoothing!r}")
+        raise OptionError(f"smoothing: expected None, since the family {name} takes no soft embeddings; got {show(smoothing)}")
     return decoder, policy, smoothing
+
+
+def _with_values(plug: Any, name: str) -> Any:
+    """The plug as its constructors check and store it, its leaves numbers. Plugs that jax or `object.__setattr__` made were
+    checked by nobody, and one that was made while jax traced something may hold what has no value."""
+    with reading(name):
+        plug = _made_anew(plug)
+        for leaf in jax.tree.leaves(plug):
+            traced = isinstance(leaf, jax.core.Tracer)
+            if traced or not isinstance(leaf, bool | int | float | np.generic | np.ndarray | jax.Array):
+                what = "a value that exists only while jax traces a function" if traced else show(leaf)
+                raise OptionError(f"{name}: expected numbers and arrays in its fields, got {what} in a {type_name(plug)}")
+            jax.eval_shape(lambda x: x, leaf)  # what jax takes for an array
+            if isinstance(leaf, jax.Array) and leaf.is_deleted():
+                raise OptionError(f"{name}: got an array that was donated or deleted in a {type_name(plug)}")
+        hash((jax.tree.structure(plug), classes(plug)))  # part of a program's key
+    return plug
+
+
+def _made_anew(plug: Any) -> Any:
+    if not _is_ours(type(plug)):
+        return plug
+    fields = {field.name: getattr(plug, field.name) for field in dataclasses.fields(plug)}
+    return type(plug)(**{name: _made_anew(value) for name, value in fields.items()})
+
+
+def _is_ours(kind: type) -> bool:
+    return kind.__module__.split(".")[0] == "djax" and dataclasses.is_dataclass(kind)
+
+
+def _try_plugs(model: Model, ask: Request, plugs: Plugs, block: int, sampled: bool) -> None:
+    """Call the methods of plugs that are not djax's on shapes alone: `OptionError` for what they raise, and for results that
+    their contracts (`decoding/contract.py`, `caching/contract.py`) do not allow."""
+    rows, vocab = ask.tokens.shape[0], model.config.vocab
+    numbers = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    threshold, scalar = jax.ShapeDtypeStruct((rows,), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+    tick = Tick(numbers, numbers, numbers, numbers, threshold, scalar, jax.ShapeDtypeStruct((), jnp.float32))
+    logits, masked = jax.ShapeDtypeStruct((rows, block, vocab), jnp.float32), jax.ShapeDtypeStruct((rows, block), bool)
+    tokens = jax.ShapeDtypeStruct((rows, block), jnp.int32)
+    decoder, policy, smoothing = plugs
+
+    def step(decoder: Any, logits: Any, masked: Any, tick: Tick, seeds: Any) -> tuple:
+        key = jax.vmap(lambda s: jax.random.key(s, impl="threefry2x32"))(seeds) if sampled else None
+        state = decoder.init(rows, block, vocab)
+        return state, *decoder.step(state, logits, masked, tick, key)
+
+    if not _all_ours(decoder):
+        with reading(f"decoder: trying {type_name(decoder)}"):
+            seeds = jax.ShapeDtypeStruct((rows,), jnp.uint32)
+            state, after, *written = jax.eval_shape(step, decoder, logits, masked, tick, seeds)
+            if edits(decoder):
+                written += jax.eval_shape(lambda d, *a: d.edit(*a), decoder, logits, tokens, masked, tick)
+            if any(not leaf.shape or leaf.shape[0] != rows for leaf in jax.tree.leaves(state)):
+                raise OptionError(f"decoder: {type_name(decoder)}.init: expected leaves with leading axis {rows}, got {state}")
+            if _kinds(after) != _kinds(state):
+                raise OptionError(f"decoder: {type_name(decoder)}.step: expected the state's shapes {state}, got {after}")
+            for chosen, where in zip(written[::2], written[1::2], strict=True):
+                _expect(chosen, (rows, block), jnp.integer, f"decoder: {type_name(decoder)}: its tokens")
+                _expect(where, (rows, block), jnp.bool_, f"decoder: {type_name(decoder)}: what it accepts or replaces")
+    if not _all_ours(policy):
+        with reading(f"cache: trying {type_name(policy)}"):
+            plan = jax.eval_shape(lambda p, *a: p.plan(*a), policy, tick, numbers)
+            for field in ("full", "refresh", "window", *(("append",) if appends(policy) else ())):
+                _expect(getattr(plan, field), (rows,), jnp.bool_, f"cache: {type_name(policy)}.plan: its {field}")
+    if smoothing is not None and not _all_ours(smoothing):
+        with reading(f"smoothing: trying {type_name(smoothing)}"):
+            for method in ("weight", "least"):
+                out = jax.eval_shape(lambda s, n, method=method: getattr(s, method)(n), smoothing, numbers)
+                _expect(out, (rows,), jnp.floating, f"smoothing: {type_name(smoothing)}.{method}")
+
+
+def _all_ours(plug: Any) -> bool:
+    return all(
+        _is_ours(kind) for kind in jax.tree.leaves(classes(plug)) if dataclasses.is_dataclass(kind) or kind is type(plug)
+    )
+
+
+def _kinds(tree: Any) -> tuple:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+
+def _expect(value: Any, shape: tuple[int, ...], kind: Any, name: str) -> None:
+    if getattr(value, "shape", None) != shape or not jnp.issubdtype(value.dtype, kind):
+        raise OptionError(f"{name}: expected {kind.__name__} of shape {shape}, got {show(value)}")
 
 
 def _check_canvas(model: Model, where: str, prompt: int, gen_length: int, min_gen_length: int, policy: Policy) -> None:
@@ -140,17 +246,9 @@ def _check_canvas(model: Model, where: str, prompt: int, gen_length: int, min_ge
     beyond = [reach for reach in policy.reach() if total < reach != TO_THE_END]
     if beyond:
         raise OptionError(
-            f"cache: {policy} reaches {beyond[0]} positions beyond its block; {where} has a canvas of {total}, so expected at "
-            f"most {total}"
+            f"cache: {show(policy)} reaches {beyond[0]} positions beyond its block; {where} has a canvas of {total}, "
+            f"so expected at most {total}"
         )
-
-
-def _one_a_prompt(value: Any, name: str, count: int, **bounds: int) -> list[int]:
-    """One whole number for all prompts, or one each."""
-    values = [value] * count if np.ndim(value) == 0 else list(value)
-    if len(values) != count:
-        raise OptionError(f"{name}: expected one whole number, or one for each of the {count} prompts, got {len(values)}")
-    return [whole_number(one, name, **bounds) for one in values]
 
 
 def bucket(length: int) -> int:
@@ -228,9 +326,3 @@ def does_not_fit(ask: Request, need: str) -> BatchError:
     rows, length = ask.tokens.shape
     cure = "pass max_batch (it changes no answer)" if rows > 1 else "lower gen_length or block_length"
     return BatchError(f"{rows} prompts on a canvas of {length} need {need}; {cure}")
-
-
-def device_memory() -> int:
-    """Bytes of memory of the default device; on a CPU, of the machine."""
-    stats = jax.devices()[0].memory_stats() or {}
-    return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

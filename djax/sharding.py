@@ -5,6 +5,7 @@ all-reduces, after its attention and after its experts or MLP. `data` splits the
 and never waits for another.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from djax.checks import whole_number
+from djax.checks import is_array, reading, show, whole_number
 from djax.errors import OptionError
 from djax.process import with_own_settings
 
@@ -47,13 +48,27 @@ def mesh(model: int = 1, data: int = 1, devices: Sequence[Any] | None = None) ->
     devices: which; by default jax's first ones. Raises `OptionError` if there are too few.
     """
     model, data = whole_number(model, "model", at_least=1), whole_number(data, "data", at_least=1)
-    there = find_devices() if devices is None else list(devices)
+    there = find_devices() if devices is None else _distinct(devices, model * data)
     if model * data > len(there):
+        platform = there[0].platform if there else "none"
         raise OptionError(
             f"mesh: data={data} times model={model} takes {model * data} devices, there are {len(there)} "
-            f"({there[0].platform}); on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count={model * data} simulates them"
+            f"({platform}); on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count={model * data} simulates them"
         )
     return Mesh(np.array(there[: model * data]).reshape(data, model), AXES)
+
+
+def _distinct(devices: Any, most: int) -> list[jax.Device]:
+    """The first devices of any iterable, or `OptionError` if some are no devices or come twice."""
+    found: list[jax.Device] = []
+    with reading("devices"):
+        if is_array(devices):
+            devices = np.asarray(devices).ravel()
+        for device in itertools.islice(devices, most):
+            if not issubclass(type(device), jax.Device) or device in found:
+                raise OptionError(f"devices: expected distinct devices, such as jax.devices()[:2], got {show(device)}")
+            found.append(device)
+    return found
 
 
 def split() -> bool:
@@ -72,8 +87,10 @@ def dtype_of_sums(dtype: Any) -> Any:
 
 def check(given: Any) -> Mesh:
     """The mesh, if it is one with our two axes."""
-    if not isinstance(given, Mesh) or set(given.axis_names) != set(AXES):
-        raise OptionError(f"mesh: expected djax.mesh(model=..., data=...), or a jax Mesh with the axes {AXES}, got {given!r}")
+    if not issubclass(type(given), Mesh) or set(given.axis_names) != set(AXES):
+        raise OptionError(
+            f"mesh: expected djax.mesh(model=..., data=...), or a jax Mesh with the axes {AXES}, got {show(given)}"
+        )
     return given
 
 

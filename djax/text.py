@@ -1,77 +1,38 @@
 """Prompts to tokens and tokens to text: the tokenizer, the chat template, and what counts as one prompt."""
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from djax.errors import CheckpointError, PromptError
-
-FORMS = "a string, a list of strings, chat messages, a list of chats, token ids, or a list of token ids"
+from djax.checks import show
+from djax.errors import PromptError
+from djax.prompts import read
+from djax.tokenizer_files import read_tokenizer
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The HF fast tokenizer of a checkpoint directory, None if it has none. No code of the checkpoint is run."""
-    if not (directory / "tokenizer.json").is_file():
-        return None
-    # transformers advises at import that torch is missing; djax uses its tokenizers alone.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import PreTrainedTokenizerFast
+    """The HF fast tokenizer of a checkpoint directory, None if it has none. No code of the checkpoint is run.
 
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
-    except Exception as error:  # the tokenizer library raises bare Exception for a malformed file
-        raise CheckpointError(f"{directory}: tokenizer.json cannot be read: {error}") from error
+    Raises `CheckpointError` for files that are damaged, contradict each other, or are links out of the directory.
+    """
+    return read_tokenizer(directory)
 
 
-def encode(tokenizer: Any, prompts: Any, vocab: int, mask_id: int) -> tuple[list[np.ndarray], bool]:
-    """Every prompt as int32 ids, and whether a single prompt came.
+def encode(tokenizer: Any, prompts: Any, vocab: int, mask_id: int, pads: Collection[int] = ()) -> tuple[list[np.ndarray], bool]:
+    """Every prompt as int32 ids, and whether a single prompt came; see `prompts.read` for the forms and for `pads`.
 
     A string is a user's message and goes through the chat template if the tokenizer has one; token ids are taken as they
     are. Raises `PromptError` for an empty prompt, for an id outside the vocabulary, for a prompt that contains the
     mask token (it would be decoded over), and for text without a tokenizer.
     """
-    many, single = _separate(prompts)
+    many, single = read(prompts, pads)
     return [_checked(_one(tokenizer, p), i, vocab, mask_id, tokenizer) for i, p in enumerate(many)], single
 
 
 def decode(tokenizer: Any, tokens: np.ndarray) -> str | None:
     return None if tokenizer is None else tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
-
-
-def _separate(prompts: Any) -> tuple[list, bool]:
-    """A list of prompts, each a string, a chat (list of mappings) or ids, and whether there was just one."""
-    if isinstance(prompts, str):
-        return [prompts], True
-    if isinstance(prompts, np.ndarray) or hasattr(prompts, "__array__"):
-        array = np.asarray(prompts)
-        if array.ndim not in (1, 2):
-            raise PromptError(f"prompts: expected token ids of shape [P] or [B, P], got an array of shape {array.shape}")
-        return ([array], True) if array.ndim == 1 else (list(array), False)
-    if not isinstance(prompts, Sequence):
-        raise PromptError(f"prompts: expected {FORMS}, got {type(prompts).__name__}")
-    if not prompts:
-        raise PromptError(f"prompts: expected {FORMS}, got an empty list")
-    kinds = {_kind(p) for p in prompts}
-    if kinds == {"message"} or kinds == {"id"}:
-        return [prompts], True
-    if "other" in kinds or len(kinds) > 1:
-        raise PromptError(f"prompts: expected {FORMS}, got a list of {sorted({type(p).__name__ for p in prompts})}")
-    return list(prompts), False
-
-
-def _kind(item: Any) -> str:
-    if isinstance(item, str):
-        return "text"
-    if isinstance(item, Mapping):
-        return "message"
-    if isinstance(item, int | np.integer) and not isinstance(item, bool):
-        return "id"
-    if isinstance(item, Sequence) or hasattr(item, "__array__"):
-        return "list"
-    return "other"
 
 
 def _one(tokenizer: Any, prompt: Any) -> np.ndarray:
@@ -89,9 +50,9 @@ def _one(tokenizer: Any, prompt: Any) -> np.ndarray:
         prompt = [{"role": "user", "content": prompt}]
     for message in prompt:
         if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise PromptError(f"prompts: expected chat messages with the strings 'role' and 'content', got {message!r}")
+            raise PromptError(f"prompts: expected chat messages with the strings 'role' and 'content', got {show(message)}")
         if message["role"] not in ("system", "user", "assistant"):
-            raise PromptError(f"prompts: expected role system, user or assistant, got {message['role']!r}")
+            raise PromptError(f"prompts: expected role system, user or assistant, got {show(message['role'])}")
         _encodable(message["content"])
     if not prompt[-1]["content"].strip():
         raise PromptError("prompts: expected some text, got an empty last message")
@@ -104,17 +65,11 @@ def _encodable(prompt: str) -> None:
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        raise PromptError(f"prompts: expected text that UTF-8 can write, got {prompt!r}: {error}") from error
+        raise PromptError(f"prompts: expected text that UTF-8 can write, got {show(prompt)}: {error}") from error
 
 
 def _ids(prompt: Any) -> np.ndarray:
-    try:
-        array = np.asarray(prompt)
-    except ValueError as error:
-        raise PromptError(f"prompts: expected token ids as integers of shape [P], got {prompt!r}") from error
-    if array.size and (array.ndim != 1 or not np.issubdtype(array.dtype, np.integer)):
-        raise PromptError(f"prompts: expected token ids as integers of shape [P], got {array.dtype} of shape {array.shape}")
-    return array
+    return np.asarray(prompt)
 
 
 def _checked(ids: np.ndarray, index: int, vocab: int, mask_id: int, tokenizer: Any) -> np.ndarray:
@@ -123,7 +78,7 @@ def _checked(ids: np.ndarray, index: int, vocab: int, mask_id: int, tokenizer: A
         raise PromptError(f"{where}: expected at least one token, got an empty prompt")
     outside = ids[(ids < 0) | (ids >= vocab)]
     if outside.size:
-        raise PromptError(f"{where}: expected token ids from 0 to {vocab - 1}, got {outside[0]}")
+        raise PromptError(f"{where}: expected token ids from 0 to {vocab - 1}, got {show(int(outside[0]))}")
     if np.any(ids == mask_id):
         token = f"{mask_id}" if tokenizer is None else f"{mask_id}, {tokenizer.convert_ids_to_tokens(mask_id)!r}"
         raise PromptError(

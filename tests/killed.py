@@ -82,3 +82,18 @@ def kill_at_moments(count, begin, writes, check, what):
         tried += 1
     print(f"{what}: killed {cut} of {tried} before their end, nothing lost")
     assert cut >= count / 2
+
+
+def interrupt_at(*operations):
+    """Interrupt this process, as Ctrl-C does, just before these of its operations on files from now on, counted from 0."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    seen = -1
+
+    def hook(event, arguments):
+        nonlocal seen
+        if event == "open" or event.startswith(("os.", "fcntl.")):
+            seen += 1
+            if seen in operations:
+                signal.raise_signal(signal.SIGINT)
+
+    sys.addaudithook(hook)

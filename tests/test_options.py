@@ -1,16 +1,21 @@
 """Bad input at the public door: a typed error that names the argument, what came and what would work."""
 
+import contextlib
+import dataclasses
+import datetime
 import re
 from decimal import Decimal
 from fractions import Fraction
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import tiny_model
 from toy import family, toy_model
 
 import djax
-from djax.errors import BatchError, CanvasError, OptionError, PromptError
+from djax.errors import BatchError, CanvasError, DjaxError, OptionError, PromptError
 from djax.plugs import parse
 
 IDS = [1, 2, 3]
@@ -234,6 +239,273 @@ def test_logits_checks_its_tokens(moe_a):
         djax.logits(moe_a, np.zeros((1, 8193), int))
 
 
+def refused(call, *arguments, error=DjaxError, **options):
+    """The message of the typed error that a call comes to."""
+    with pytest.raises(error) as raised:
+        call(*arguments, **options)
+    return str(raised.value)
+
+
+def rows(*prompts):
+    return [out.canvas.tolist() for out in djax.generate(toy_model(), list(prompts), gen_length=4, block_length=4)]
+
+
+TWO = [[5, 6, 7], [8]]
+LEFT = [[5, 6, 7], [46, 46, 8]], [[1, 1, 1], [0, 0, 1]]
+RIGHT = [[5, 6, 7], [8, 46, 46]], [[1, 1, 1], [1, 0, 0]]
+
+
+def arrays():
+    """What makes an array of nested lists: numpy, jax and, where it is installed, torch; and none of them."""
+    makers = [list, np.array, jnp.array, lambda given: [np.array(row) for row in given]]
+    with contextlib.suppress(ImportError):
+        import torch
+
+        makers.append(torch.tensor)
+    return makers
+
+
+@pytest.mark.parametrize("make", arrays())
+@pytest.mark.parametrize("padded", [LEFT, RIGHT])
+def test_padding_is_no_part_of_a_prompt(padded, make):
+    """Each row gets what it gets alone, whatever stands where the mask hides it."""
+    from transformers import BatchEncoding
+
+    ids, mask = padded
+    for form in (dict, BatchEncoding):
+        given = form({"input_ids": make(ids), "attention_mask": make(mask)})
+        out = djax.generate(toy_model(), given, gen_length=4, block_length=4)
+        assert [g.canvas.tolist() for g in out] == rows(*TWO)
+
+
+def test_a_real_tokenizer_s_padded_batch(small):
+    questions = ["Ben has 3 pens.", "Anna has 12 pens. She buys 7 more."]
+    alone = [small.tokenizer(q)["input_ids"] for q in questions]
+    for side in ("left", "right"):
+        given = small.tokenizer(questions, padding=True, padding_side=side, return_tensors="np")
+        said = djax.explain(small, given, gen_length=8, block_length=8)
+        assert [str(s) for s in said] == [str(s) for s in djax.explain(small, alone, gen_length=8, block_length=8)]
+        assert "row 0" in refused(djax.generate, small, given["input_ids"], error=PromptError)
+
+
+def test_a_mapping_of_one_dimension_is_one_prompt():
+    for given in ({"input_ids": [5, 6], "attention_mask": [1, 1]}, {"input_ids": [46, 5, 6], "attention_mask": [0, 1, 1]}):
+        out = djax.generate(toy_model(), given, gen_length=4, block_length=4)
+        assert [out.canvas.tolist()] == rows([5, 6])
+    assert len(djax.generate(toy_model(), [{"input_ids": [5]}, {"input_ids": [6, 7]}], gen_length=4, block_length=4)) == 2
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ([[1, 1, 1], [1, 0, 1]], "attention_mask'], row 1: expected zeros only before or after the ones, got holes"),
+        ([[1, 1, 1], [0, 0, 2]], "row 1: expected ones and zeros, got [0, 0, 2]"),
+        ([[1, 1, 1], [0, 0, -1]], "row 1: expected ones and zeros"),
+        ([[1, 1, 1], [0, 0, 0]], "row 1: expected at least one 1"),
+        ([[1, 1, 1]], "expected the shape of input_ids"),
+        ([[1, 1], [1, 1]], "expected the shape of input_ids"),
+        ([1, 1, 1], "expected the shape of input_ids"),
+        ([[1.0, 1.0, 1.0], [0.0, 0.0, 1.0]], "expected ones and zeros in the shape of input_ids"),
+        ("110", "expected ones and zeros in the shape of input_ids"),
+    ],
+)
+def test_a_mask_that_cannot_be_right(mask, message):
+    for call in (djax.generate, djax.logits):
+        said = refused(call, toy_model(), {"input_ids": LEFT[0], "attention_mask": mask}, error=PromptError)
+        assert message in said or call is djax.logits
+
+
+@pytest.mark.parametrize("make", [np.array, jnp.array, np.ma.array])
+def test_a_padded_array_without_its_mask_is_refused(make):
+    for ids in (LEFT[0], RIGHT[0], [[46, 5, 6], [46, 46, 8]]):
+        said = refused(djax.generate, toy_model(), make(ids), error=PromptError)
+        assert "padding would be read as text" in said
+        assert "pass the tokenizer's whole output" in said
+    for literal in ([[46, 5], [46, 8]], [[46, 5, 46]]):
+        out = djax.generate(toy_model(), make(literal), gen_length=4, block_length=4)
+        assert [g.canvas.tolist() for g in out] == rows(*literal)
+    assert rows(*LEFT[0])[1][:3] == [46, 46, 8], "lists are taken literally"
+
+
+def test_arrays_of_one_number_are_ids():
+    kinds = [jnp.int32, np.int64, np.uint8, np.array]
+    with contextlib.suppress(ImportError):
+        import torch
+
+        kinds.append(torch.tensor)
+    for kind in kinds:
+        out = djax.generate(toy_model(), [kind(5), kind(6), 7], gen_length=4, block_length=4)
+        assert [out.canvas.tolist()] == rows([5, 6, 7])
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        *(b"ab", bytearray(b"ab"), memoryview(b"ab"), [bytearray(b"ab")], iter([5]), (i for i in [5]), {5}),
+        *(np.bool_(True), [np.bool_(True)], [True, 5], np.array(5), jnp.int32(5), np.array([5, 6], object)),
+        *(np.array([5, 6], "m8[ns]"), np.array([5, 6], "M8[s]"), [np.timedelta64(5)], [datetime.timedelta(5)]),
+        *(np.ma.array([5, 6], mask=[0, 1]), [np.ma.masked, 5], [np.ma.array([5, 6], mask=[1, 0]), [7]]),
+        *(jax.random.key(0), [jax.random.key(0)], np.zeros((0, 3), int), range(10**12), np.broadcast_to(np.int32(5), 10**12)),
+        {"ids": [5]},
+    ],
+    ids=lambda ids: f"{type(ids).__name__}",
+)
+def test_what_is_no_prompt(ids):
+    refused(djax.generate, toy_model(), ids, error=PromptError)
+    refused(djax.logits, tiny_model(), ids, error=PromptError)
+
+
+def test_logits_of_a_padded_batch_are_those_of_its_rows():
+    model = tiny_model()
+    for ids, mask in (LEFT, RIGHT):
+        out = djax.logits(model, {"input_ids": np.array(ids), "attention_mask": mask})
+        for row, got, real in zip(TWO, out, mask, strict=True):
+            np.testing.assert_allclose(got[np.flatnonzero(real)], djax.logits(model, [row])[0], atol=1e-5)
+    assert "pass lengths" in refused(djax.logits, model, np.array(LEFT[0]), error=PromptError)
+    djax.logits(model, np.array(RIGHT[0]))  # rows of EOS at the end are what a finished canvas has
+    padded = dataclasses.replace(model, hf_config={"pad_token_id": 45})
+    refused(djax.logits, padded, np.array([[5, 6, 7], [8, 45, 45]]), error=PromptError)
+    djax.logits(padded, np.array([[5, 6, 7], [8, 45, 45]]), [3, 1])
+    for lengths in (
+        np.array([1, 2], "m8[ns]"),
+        [True, True],
+        np.ma.array([1, 2], mask=[0, 1]),
+        iter([1, 2]),
+        jax.random.key(0),
+    ):
+        refused(djax.logits, model, [[5, 6], [7, 8]], lengths, error=PromptError)
+
+
+class Raises:
+    """Of which nothing can be read."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def raises(self, *_, **__):
+        raise self.error
+
+    __repr__ = __str__ = __array__ = __len__ = __iter__ = __getitem__ = __float__ = __index__ = __fspath__ = __bool__ = raises
+    __class__ = property(raises)
+
+
+class Panic(BaseException):
+    """As libraries of other languages have."""
+
+
+NO_NUMBERS = [
+    *(10**400, -(10**400), 10**5000, Fraction(10**400), Fraction(10**5000, 3), np.longdouble("1e4000"), np.ma.masked),
+    *(
+        object(),
+        jnp.float32,
+        jax.random.key(0),
+        jax.ShapeDtypeStruct((), jnp.float32),
+        np.timedelta64(3),
+        np.timedelta64(3, "ns"),
+    ),
+    *(Raises(ValueError()), Raises(Panic()), Raises(RecursionError())),
+]
+
+
+@pytest.mark.parametrize("which", range(len(NO_NUMBERS)))  # pytest itself cannot handle some of them
+def test_what_is_no_number_is_a_typed_error_everywhere(which):
+    value = NO_NUMBERS[which]
+    for make in (
+        lambda: djax.Threshold(value),
+        lambda: djax.Smoothing(growth=value),
+        lambda: djax.Fixed(value),
+        lambda: djax.Vicinity(every=value),
+        lambda: djax.Dual(surplus=value),
+        lambda: djax.Credit(inner=value),
+        lambda: djax.Fixed(order=value),
+        lambda: djax.mesh(model=value),
+        lambda: djax.preset(value),
+        lambda: djax.load(dtype=value),
+        lambda: djax.load(mesh=value),
+        lambda: djax.load(value),
+        lambda: djax.save(toy_model(), value),
+        lambda: djax.compile(toy_model(), rows=value),
+        lambda: djax.compile_cache(value),
+        lambda: djax.logits(value, [[1]]),
+    ):
+        with pytest.raises(DjaxError) as raised:
+            make()
+        assert len(str(raised.value)) < 2000
+    for name in (
+        "temperature",
+        "seed",
+        "gen_length",
+        "min_gen_length",
+        "block_length",
+        "max_batch",
+        "early_stop",
+        "decoder",
+        "cache",
+    ):
+        refused(djax.generate, toy_model(), [5], error=OptionError, **{name: value})
+
+
+def test_plugs_that_no_constructor_made_are_checked():
+    """jax rebuilds them from leaves, and tracers are let in where jax traces the constructor."""
+    for plug in (djax.Threshold(), djax.Credit()):
+        for bad in (-1.0, None, object(), "0.9"):
+            refused(djax.generate, toy_model(), [5], error=OptionError, decoder=jax.tree.map(lambda _, bad=bad: bad, plug))
+    kept = []
+    jax.eval_shape(lambda x: kept.append(djax.Threshold(x)) or x, jnp.float32(1))
+    assert "while jax traces" in refused(djax.generate, toy_model(), [5], error=OptionError, decoder=kept[0])
+    assert "at most 48, got 49" in refused(djax.generate, toy_model(), [5], error=OptionError, smoothing=djax.Smoothing(top=49))
+
+
+def test_plugs_inside_plugs_have_an_end():
+    plug = djax.Threshold()
+    with pytest.raises(OptionError, match="at most 16 decoders inside one another"):
+        for _ in range(1000):
+            plug = djax.Credit(plug)
+
+
+@djax.pytree
+@dataclasses.dataclass(frozen=True)
+class Wrong:
+    """A decoder of a user's own, wrong in one way."""
+
+    how: str = dataclasses.field(default="", metadata={"static": True})
+
+    def init(self, rows, block, vocab):
+        return jnp.zeros(rows + 1) if self.how == "init" else ()
+
+    def step(self, state, logits, masked, tick, key):
+        if self.how == "raises":
+            raise ZeroDivisionError("of the user's")
+        tokens = jnp.ones(masked.shape, jnp.float32 if self.how == "tokens" else jnp.int32)
+        return state, tokens, tokens if self.how == "accept" else masked
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("raises", "decoder: trying Wrong: reading it raised ZeroDivisionError: of the user's"),
+        ("init", "decoder: Wrong.init: expected leaves with leading axis 1"),
+        (
+            "tokens",
+            "decoder: Wrong: its tokens: expected integer of shape (1, 4), got ShapeDtypeStruct(shape=(1, 4), dtype=float32)",
+        ),
+        ("accept", "decoder: Wrong: what it accepts or replaces: expected bool of shape (1, 4)"),
+    ],
+)
+def test_a_decoder_of_ones_own_keeps_its_contract(how, message):
+    assert message in refused(djax.generate, toy_model(), [5], gen_length=4, block_length=4, decoder=Wrong(how))
+    djax.generate(toy_model(), [5], gen_length=4, block_length=4, decoder=Wrong())
+
+
+def test_paths_that_cannot_be(tmp_path):
+    for path in ("a\0b", "\ud800", "x" * 300, b"bytes", "~nobody-of-this-name/x", 5):
+        for call in (djax.load, lambda p: djax.save(tiny_model(), p), djax.compile_cache):
+            refused(call, path)
+    for path in ("/proc/none/x", "/dev/null/x"):
+        refused(djax.compile_cache, path, error=OptionError)
+        refused(djax.save, tiny_model(), path, error=OptionError)
+
+
 REGISTRY = {"threshold": djax.Threshold, "vicinity": djax.Vicinity}
 
 
@@ -270,6 +542,13 @@ def test_plugs_as_text(text, plug):
         ("Threshold(open)", "--decoder: unknown 'open'"),
         ("Threshold('a')", "got 'a' of type str"),
         ("Threshold({[]: 1})", "--decoder: cannot read"),
+        ("Threshold(\0)", "--decoder: cannot read"),
+        ("\ud800", "--decoder: cannot read"),
+        ("(" * 10**6, "--decoder: expected text of at most 4000 characters"),
+        ("-" * 3000 + "1", "--decoder: cannot read"),
+        ("x(" * 1900, "--decoder: cannot read"),
+        ("Threshold(" + "9" * 3900 + ")", "expected a finite number"),
+        (5, "--decoder: expected text"),
     ],
 )
 def test_bad_plugs_as_text(text, message):

@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 
 import jax
 
+from djax.checks import reading
 from djax.decoding.contract import Tick
 
 TO_THE_END = 2**30  # a reach longer than any canvas
@@ -48,7 +49,8 @@ class Policy(Protocol):
 
 def appends(policy: Policy) -> bool:
     """Whether the policy's cache grows by finished blocks."""
-    return bool(getattr(policy, "appends", False))
+    with reading("cache: its attribute appends"):
+        return bool(getattr(policy, "appends", False))
 
 
 def on_entry(tick: Tick, cached_block: jax.Array, every: jax.Array | None) -> jax.Array:

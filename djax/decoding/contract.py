@@ -24,13 +24,14 @@ one token; the mask id is never accepted; rows do not look at each other; state 
 Of one that edits: replace lies inside editable, what it writes differs from what stands there and is not the mask id.
 """
 
+import dataclasses
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from djax import native
-from djax.checks import plug
+from djax.checks import MOST_NESTED, plug, reading, show
 from djax.errors import OptionError
 from djax.sharding import split
 
@@ -65,12 +66,14 @@ class Decoder(Protocol):
 
 def draws(decoder: Decoder) -> bool:
     """Whether the decoder needs a key at every temperature."""
-    return bool(getattr(decoder, "draws", False))
+    with reading("decoder: its attribute draws"):
+        return bool(getattr(decoder, "draws", False))
 
 
 def edits(decoder: Decoder) -> bool:
     """Whether the decoder replaces tokens that it accepted."""
-    return bool(getattr(decoder, "edits", False))
+    with reading("decoder: its attribute edits"):
+        return bool(getattr(decoder, "edits", False))
 
 
 def post_steps(decoder: Decoder) -> int:
@@ -80,12 +83,18 @@ def post_steps(decoder: Decoder) -> int:
 
 def check_inner(decoder: Any) -> None:
     """Check, in its `__post_init__`, the decoder that a decoder holds: it must not edit, since only the outermost is asked."""
-    if type(decoder.inner) is object:  # jax rebuilds plugs with placeholders in their fields
-        return
     name = f"{type(decoder).__name__}(inner=...)"
     plug(decoder.inner, name, ("init", "step"), "the decoders of djax, such as djax.Threshold(0.9)")
     if edits(decoder.inner):
-        raise OptionError(f"{name}: expected a decoder that does not edit, such as djax.Threshold(0.9); got {decoder.inner!r}")
+        raise OptionError(
+            f"{name}: expected a decoder that does not edit, such as djax.Threshold(0.9); got {show(decoder.inner)}"
+        )
+    with reading(name):
+        depth, inner = 0, decoder.inner
+        while dataclasses.is_dataclass(inner) and hasattr(inner, "inner"):
+            depth, inner = depth + 1, inner.inner
+            if depth == MOST_NESTED:
+                raise OptionError(f"{name}: expected at most {MOST_NESTED} decoders inside one another, got more")
 
 
 def candidates(

@@ -105,6 +105,7 @@ def judge(
 ) -> Report:
     """Answer problems (as `record` takes them) by `djax.generate`'s options and count; right is a score of at least `least`."""
     check = verify.known(verifier)
+    verify.need(problems, verifier)
     answers = answered(partial(generate, model, **options), [p["prompt"] for p in problems], max_batch, progress)
     asked = (
         verify.ask(check, p, a.text or "", verifier_seconds, f"problem {n}")

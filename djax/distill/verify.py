@@ -4,77 +4,93 @@ A verifier is a function (problem, answer) -> score: the problem as it was given
 answer's text, and a number from 0 to 1, or a bool. An answer is kept when its score reaches a limit.
 """
 
-import contextlib
+import ast
+import decimal
 import math
 import numbers
-import os
-import secrets
-import select
-import signal
-import subprocess
-import sys
-import tempfile
 import threading
-import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
+from djax.distill import sandbox
 from djax.distill.store import Problem, Store, Trajectory
 from djax.errors import OptionError, TraceError, VerifierError
-from djax.training.problems import stated_result
+from djax.training.stated import stated_result
 
 Verifier = Callable[[Problem, str], float]
 
 
 def exact(problem: Problem, answer: str) -> float:
-    """1 if the number after the answer's last `####` is the problem's "result"."""
-    return float(stated_result(answer) == problem["result"])
+    """1 if the number after the answer's last `####` is the problem's "result", as numbers: 12.0 is 12, 3.5 is not 3.
+
+    What counts as a number there: `djax.training.stated`. Raises `OptionError` for a result that is no number: text such as
+    "12" too, because whether it means the number is not for a verifier to guess.
+    """
+    return float(stated_result(answer) == _number(problem["result"]))
+
+
+def _number(result: Any) -> Fraction:
+    """A result exactly; a float is the decimal it prints as, which is what a file had. Raises `OptionError`."""
+    if isinstance(result, numbers.Rational) and not isinstance(result, bool):
+        return Fraction(int(result.numerator), int(result.denominator))
+    if isinstance(result, float) and math.isfinite(result):
+        return Fraction(float.__repr__(result))
+    if isinstance(result, decimal.Decimal) and result.is_finite():
+        return Fraction(result)
+    hint = "; write it without quotes" if isinstance(result, str) and stated_result(f"#### {result}") is not None else ""
+    raise OptionError(
+        f'the verifier exact compares numbers: expected a finite number as "result", got {result!r:.100} '
+        f"({type(result).__name__}){hint}"
+    )
 
 
 def python(problem: Problem, answer: str, *, seconds: float = 10.0, megabytes: int = 1024) -> float:
     """1 if the answer, a Python snippet or a Markdown text with one, runs and the problem's "tests" (Python) pass after it.
 
-    It runs in a process of its own, which is killed with its group when the time is over: isolated mode, an empty directory and
-    environment, nothing on standard input; limits of the system on processor time, memory and file size, and for users other
-    than root on new processes; sockets, other programs, and writing or removing files are refused by an audit hook. That holds
-    off accidents and careless code, and code that ends early without passing. It is no prison: code that looks for a way out of
-    Python's own hooks finds one, so use a container besides where answers may mean harm.
+    To pass, the tests, compiled apart from the answer and run in the namespace it leaves, must come to their end; the answer
+    can neither see their text nor say so in their place. They run in a process of their own, with the standard library and an
+    empty directory, environment and input, for at most `seconds` and in `megabytes` of memory. It may compute, import, look at
+    the clock and read the standard library. Other files, anything written, other processes, threads, signals, and sockets are
+    refused three times over: by Python's functions being taken away and an audit hook; on Linux (x86-64, AArch64) by a filter
+    that lets through only the system calls a computing Python needs; from Linux 5.13 on by a rule on which files may be read
+    (Landlock). A superuser's process drops its privileges. The process is killed when its time is over.
+
+    What is left: the tests trust what they call. An answer whose objects claim to equal everything, or that defines a `len` of
+    its own, passes tests that do not look closer, and one may read the names that tests define while they call it. Code that
+    corrupts the interpreter's own memory is held by the system alone, and might then be judged right. On systems without these
+    filters, such as macOS, only Python's hooks hold: where answers may mean harm there, use a container besides.
+
+    Raises `OptionError` for tests that are no Python text, `VerifierError` if no process starts.
     """
-    done = secrets.token_hex(16)
-    source = f"{done}\n{snippet(answer)}\n\n{problem['tests']}\n"
-    command = [sys.executable, "-I", "-S", "-B", "-c", _RUNNER, str(math.ceil(seconds)), str(megabytes << 20)]
-    with tempfile.TemporaryDirectory(prefix="djax-sandbox-") as directory, tempfile.TemporaryFile() as given:
-        given.write(source.encode(errors="replace"))
-        given.seek(0)
-        process = subprocess.Popen(
-            command,
-            stdin=given,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=directory,
-            env={},
-            start_new_session=True,
+    tests = _check_text(problem["tests"])
+    return float(sandbox.run(snippet(answer), tests, seconds=seconds, megabytes=megabytes).passed)
+
+
+def _check_text(tests: Any) -> str:
+    """The tests, if they are text that does something. Raises `OptionError`."""
+    if not isinstance(tests, str) or not tests.strip():
+        raise OptionError(
+            f'the verifier python runs text: expected Python code as "tests", got {tests!r:.100} ({type(tests).__name__}); '
+            "join a list of lines by newlines"
         )
-        with process.stdout:
-            said = _read(process.stdout.fileno(), len(done), time.monotonic() + seconds)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    # Exit codes prove nothing: the snippet may have left early.
-    return float(said == done.encode())
+    return tests
 
 
-def _read(pipe: int, most: int, until: float) -> bytes:
-    """What comes out of a pipe, up to one byte more than `most`, its end, or a time."""
-    said = b""
-    while len(said) <= most and select.select([pipe], [], [], max(until - time.monotonic(), 0))[0]:
-        part = os.read(pipe, most + 1 - len(said))
-        if not part:
-            break
-        said += part
-    return said
+def _check_tests(tests: Any) -> None:
+    """Raise `OptionError` unless the tests are Python that can fail."""
+    text = _check_text(tests)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the parser thinks of their style
+            steps = ast.parse(text).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise OptionError(f'the verifier python: expected Python code as "tests", got {text!r:.100}: {error}') from error
+    if not steps:
+        raise OptionError(f'the verifier python: expected "tests" that can fail, got {text!r:.100}, which any answer passes')
 
 
 def snippet(answer: str) -> str:
@@ -85,42 +101,6 @@ def snippet(answer: str) -> str:
     language, _, rest = parts[1].partition("\n")
     return rest if language.strip().lower() in ("", "python", "py", "python3") else parts[1]
 
-
-# What runs in the sandbox: reads a word and the source, limits itself, runs the source, and says the word if it came through.
-_RUNNER = """
-import os, resource, sys
-
-def hook(event, arguments, writing=os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND):
-    kind = event.split(".")[0]
-    refused = kind in ("socket", "subprocess", "ctypes", "pty", "shutil", "sqlite3", "resource", "ftplib", "smtplib", "urllib")
-    refused |= kind in ("fcntl", "signal")
-    refused |= kind == "os" and event not in ("os.listdir", "os.scandir", "os.fwalk", "os.walk", "os.putenv", "os.unsetenv")
-    if event == "open":
-        refused = bool(arguments[2] & writing) if isinstance(arguments[2], int) else True
-    if event == "import":
-        refused = arguments[0] in ("_posixsubprocess", "_ctypes", "_sqlite3", "_socket")
-    if refused:
-        raise PermissionError(event + " is not allowed here")
-
-def main():
-    word, source = sys.stdin.buffer.read().decode().split("\\n", 1)
-    seconds, size = int(sys.argv[1]), int(sys.argv[2])
-    say = os.dup(1)
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
-    for what, limit in (("CPU", seconds), ("AS", size), ("FSIZE", 0), ("NOFILE", 64), ("CORE", 0), ("NPROC", 0)):
-        hard = resource.getrlimit(getattr(resource, "RLIMIT_" + what))[1]
-        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        resource.setrlimit(getattr(resource, "RLIMIT_" + what), (limit, limit))
-    code = compile(source, "answer.py", "exec")
-    sys.addaudithook(hook)
-    exec(code, {"__name__": "__main__"})
-    os.write(say, word.encode())
-    os._exit(0)
-
-main()
-"""
 
 VERIFIERS: dict[str, Verifier] = {"exact": exact, "python": python}
 
@@ -181,6 +161,7 @@ def keep(
             part = part[: max(first - count, 0)]
         scores = store.scores(n, verifier) if shipped else None
         if scores is None or len(scores) < len(part):
+            need([t.problem for t in part], verifier)
             where = f"{store.directory}, part {n}, trajectory "
             scores = [ask(check, t.problem, t.text or "", verifier_seconds, where + str(i)) for i, t in enumerate(part)]
             if shipped:
@@ -212,9 +193,16 @@ def known(verifier: Verifier | str) -> Verifier:
 
 
 def need(problems: Sequence[Mapping[str, Any]], verifier: Verifier | str) -> None:
-    """Raise `OptionError` if the shipped verifier's field is missing in a problem."""
-    field = {"exact": "result", "python": "tests"}.get(verifier if isinstance(verifier, str) else "")
-    if field is not None:
-        for n, problem in enumerate(problems):
-            if field not in problem:
-                raise OptionError(f"problem {n}: the verifier {verifier} needs its {field!r}; it has {', '.join(problem)}")
+    """Raise `OptionError`, naming the problem, if the shipped verifier's field is missing or is nothing it can judge by."""
+    field, check = {"exact": ("result", _number), "python": ("tests", _check_tests)}.get(
+        verifier if isinstance(verifier, str) else "", (None, None)
+    )
+    if field is None:
+        return
+    for n, problem in enumerate(problems):
+        if field not in problem:
+            raise OptionError(f"problem {n}: the verifier {verifier} needs its {field!r}; it has {', '.join(problem)}")
+        try:
+            check(problem[field])
+        except OptionError as error:
+            raise OptionError(f"problem {n}: {error}") from None

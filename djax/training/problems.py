@@ -13,8 +13,9 @@ of sums to work out, help to train and are never used to judge.
 
 import dataclasses
 import random
-import re
 import zlib
+
+from djax.training.stated import stated_result as stated_result
 
 HELD_OUT_IN = 16
 STEPS = (2, 6)
@@ -43,12 +44,6 @@ class Problem:
     @property
     def held_out(self) -> bool:
         return zlib.crc32(self.question.encode()) % HELD_OUT_IN == 0
-
-
-def stated_result(text: str) -> int | None:
-    """The number after the last `####` of an answer, or None."""
-    found = re.findall(r"####\s*(-?\d+)", text)
-    return int(found[-1]) if found else None
 
 
 def drill(rng: random.Random, count: int, easy: float = 0.0) -> Problem:
