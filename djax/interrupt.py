@@ -76,7 +76,7 @@ def hold() -> Iterator[Callable[[], bool]]:
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             elif kind[0] == signal.SIGINT:
                 while not raised.wait(PATIENCE) or time.monotonic() - came[0] > SAME:
-                    # Another handler is one that holds interrupts back for a while, as the removal of what is half-written does.
+                    # Another handler holds interrupts back for a while, as the removal of what is half-written does.
                     if signal.getsignal(signal.SIGINT) in (interrupt, leave):
                         leave()
                     time.sleep(0.02)

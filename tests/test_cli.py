@@ -308,7 +308,7 @@ class Slow:
     def __del__(self):
         wait()
 
-def inspect(path):
+def inspect(path, **options):
     if way == "finalizer":
         Slow()
         wait()
