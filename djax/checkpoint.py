@@ -184,7 +184,7 @@ def write_manifest(directory: Path, family: ModuleType, config: Any, dtype: Any,
 
     facts = {"family": name_of(family), "config": list_settings(config), "dtype": str(np.dtype(dtype))}
     facts |= {"djax": djax.__version__, **more, "stored": dict(stored)}
-    (directory / MANIFEST).write_text(json.dumps(facts, indent=1) + "\n")
+    (directory / MANIFEST).write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
 
 
 def _read(source: Source, mesh: Mesh | None, quantize: str | None) -> Any:
@@ -253,6 +253,6 @@ def write_description(of: Model | Source, directory: Path, dtype: str | None = N
     hf = dict(of.hf_config)
     if dtype is not None:
         hf = {key: value for key, value in hf.items() if key != "dtype"} | {"torch_dtype": dtype}
-    (directory / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+    (directory / "config.json").write_text(json.dumps(hf, indent=2) + "\n", "utf-8")
     if of.tokenizer is not None:
         of.tokenizer.save_pretrained(str(directory))

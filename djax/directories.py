@@ -124,7 +124,7 @@ class new_directory:
             self._at_exit.detach()
 
 
-def _begin(final: Path) -> tuple[Path, IO[str]]:
+def _begin(final: Path) -> tuple[Path, IO[bytes]]:
     """A directory of its own, and its lock, held."""
     final.parent.mkdir(parents=True, exist_ok=True)
     for left in final.parent.glob(f".{glob.escape(final.name)}.*{_PARTIAL}"):
@@ -134,7 +134,7 @@ def _begin(final: Path) -> tuple[Path, IO[str]]:
         # Before it is locked somebody may take it for abandoned, and remove it.
         with contextlib.suppress(FileNotFoundError):
             try:
-                lock = (partial / _LOCK).open("w")
+                lock = (partial / _LOCK).open("wb")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             except OSError:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -144,7 +144,7 @@ def _begin(final: Path) -> tuple[Path, IO[str]]:
             lock.close()
 
 
-def _remove(partial: Path, lock: IO[str], process: int) -> None:
+def _remove(partial: Path, lock: IO[bytes], process: int) -> None:
     """Remove a directory that will not be finished, in the process that made it, and not in one forked from it.
 
     A library's threads may still write into it after an error, so it is removed until it stays away.
@@ -182,7 +182,7 @@ def _why_full(error: BaseException) -> str | None:
 
 def _remove_if_abandoned(partial: Path) -> None:
     with contextlib.suppress(OSError):  # somebody writes there, or it is none of ours
-        with contextlib.suppress(FileNotFoundError), (partial / _LOCK).open() as lock:
+        with contextlib.suppress(FileNotFoundError), (partial / _LOCK).open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _empty(partial)
         partial.rmdir()

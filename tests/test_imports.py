@@ -15,10 +15,12 @@ ALLOWED = {
     "djax/private.py": ("errors",),
     "djax/process.py": ("errors",),
     "djax/programs.py": (),
+    "djax/interrupt.py": (),
+    "djax/cache_entries.py": ("files",),
     "djax/checkpoint_files.py": ("errors", "files"),
     "djax/consistency.py": ("errors", "checkpoint_files"),
     "djax/tokenizer_files.py": ("errors", "checkpoint_files", "consistency", "files"),
-    "djax/compilation.py": ("errors", "checks", "private"),
+    "djax/compilation.py": ("errors", "cache_entries", "checks", "private"),
     "djax/prompts.py": ("errors", "checks"),
     "djax/bounded_jinja.py": (),
     "djax/chat_template.py": ("errors", "bounded_jinja"),
@@ -69,13 +71,14 @@ ALLOWED = {
         *("errors", "checks", "compilation", "directories", "native", "generate", "model", "process", "program", "request"),
     ),
     "djax/presets.py": ("errors", "checks", "configs"),
-    "djax/pictures": ("errors", "pictures"),
+    "djax/pictures": ("errors", "files", "pictures"),
     "djax/distill": (
         *("errors", "checks", "compilation", "plugs", "pytree", "caching", "decoding", "smoothing", "model", "generate"),
         *("checkpoint", "files", "models.hf", "process", "sharding", "source", "training", "distill"),
     ),
     "djax/training": (
-        *("errors", "compilation", "text", "models", "model", "checkpoint", "generate", "process", "sharding", "training"),
+        *("errors", "compilation", "directories", "files", "text", "models", "model", "checkpoint", "generate", "process"),
+        *("sharding", "training"),
     ),
 }
 
