@@ -36,13 +36,13 @@ def _git(*arguments: str) -> str | None:
     here = Path(__file__).resolve().parent
     if not (here.parent / ".git").exists():
         return None
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=here.parent)
+    done = subprocess.run(["git", *arguments], capture_output=True, encoding="utf-8", errors="replace", cwd=here.parent)
     return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

@@ -145,7 +145,7 @@ def measure(
 def _devices(target: str, count: int) -> list[Any]:
     from jax.experimental import topologies
 
-    description = (Path(__file__).parent / "targets" / TARGETS[target].description).read_text()
+    description = (Path(__file__).parent / "targets" / TARGETS[target].description).read_text("utf-8")
     try:
         return list(topologies.get_topology_desc("", "cuda", target_config=description, topology=f"1x1x{count}").devices)
     except Exception as error:  # a plugin that is not there raises whatever it likes

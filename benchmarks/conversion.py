@@ -24,6 +24,7 @@ from djax.benchmarks.compile import LLADA_MOE_7B
 from djax.benchmarks.report import put, write_lines
 from djax.convert import TABLES, safetensors_files
 from djax.errors import OptionError
+from djax.files import write
 from djax.models import llada_moe
 
 HF = LLADA_MOE_7B | {
@@ -56,7 +57,7 @@ def make(directory: Path, hf: dict[str, Any]) -> int:
             yield rule.source, np.resize(noise[n % 1000 :], size).reshape(rule.shape)
 
     directory.mkdir(parents=True)
-    (directory / "config.json").write_text(json.dumps(hf))
+    write(directory / "config.json", json.dumps(hf))
     safetensors_files.write(directory, {rule.source: (rule.shape, kind) for rule in rules}, tensors())
     return sum(math.prod(rule.shape) * kind.itemsize for rule in rules)
 
@@ -95,7 +96,7 @@ def _drop_caches() -> None:
     """So that each step reads from the disk; where that is not allowed, all of them may read from memory."""
     os.sync()
     try:
-        Path("/proc/sys/vm/drop_caches").write_text("3")
+        Path("/proc/sys/vm/drop_caches").write_text("3", "utf-8")
     except OSError:
         pass
 

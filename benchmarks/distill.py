@@ -22,12 +22,13 @@ from typing import Any
 import djax
 from djax.benchmarks.circumstances import circumstances
 from djax.benchmarks.ladder import Rung, hierarchies, import_pyplot, save, thresholds
-from djax.benchmarks.report import put, read_lines, write, write_lines
+from djax.benchmarks.report import put, read_lines, write_lines
 from djax.configs import tiny_td, tiny_td_again
 from djax.distill import Certainty, Compression, Distillation, Plain, Stride, distil, judge
 from djax.distill.run import generated
 from djax.distill.store import Problem, checksum
 from djax.errors import OptionError
+from djax.files import parse_json, read_text, write
 from djax.plugs import parse
 from djax.training.evaluate import difference
 from djax.training.problems import held_out, not_held_out
@@ -245,7 +246,7 @@ def run(
             options = dict(traces=work / "traces" / _folder(start), console=console, note=note)
             models[name] = distil(models[start], arm, place, **options)
         facts.append({"arm": name, "start": start, "steps": arm.recipe.steps, "objectives": repr(arm.recipe.objectives)})
-        facts[-1] |= json.loads((place / "facts.json").read_text())
+        facts[-1] |= _read_facts(place / "facts.json")
         note(f"{name}: {facts[-1]}")
     asked = generated(held_out(problems))
     began = time.perf_counter()
@@ -254,6 +255,16 @@ def run(
     facts.append({"arm": "recording", **cost(model, generated(not_held_out(BATCH)), tiny_td.RUN.recordings[0].decoder)})
     write_lines(out / "distill_facts.jsonl", [x | circumstances() for x in facts])
     return finish(out, readme)
+
+
+def _read_facts(file: Path) -> dict[str, Any]:
+    try:
+        facts = parse_json(read_text(file))
+        if not isinstance(facts, dict):
+            raise ValueError(f"expected an object, got {facts!r:.60}")
+    except (OSError, ValueError) as error:
+        raise OptionError(f"{file}: cannot be read: {error}; remove {file.parent / 'model'} to write both again") from error
+    return facts
 
 
 def finish(out: Path, readme: Path | None) -> str:

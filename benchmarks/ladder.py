@@ -8,14 +8,15 @@ ladder.md and ladder.png are made from those lines alone.
 """
 
 import dataclasses
-import os
+import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from djax.benchmarks.circumstances import circumstances
-from djax.benchmarks.report import put, read_lines, write, write_lines
+from djax.benchmarks.report import put, read_lines, write_lines
 from djax.errors import OptionError
+from djax.files import write
 from djax.training.evaluate import difference
 
 GEN_LENGTH, BATCH = 128, 25
@@ -292,10 +293,10 @@ def save(figure: Any, file: Path) -> None:
     """As a PNG, whole or not at all."""
     from matplotlib import pyplot
 
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    figure.savefig(partial, format="png", dpi=130)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=130)
     pyplot.close(figure)
-    os.replace(partial, file)
+    write(file, picture.getvalue())
 
 
 def draw(lines: list[dict[str, Any]], file: Path) -> None:

@@ -58,7 +58,7 @@ def prompts() -> dict[str, list[list[int]]]:
     """Token ids of the prompts in prompts/, by where they come from."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    lines = (Path(__file__).parent / "prompts" / "prompts.jsonl").read_text().splitlines()
+    lines = (Path(__file__).parent / "prompts" / "prompts.jsonl").read_text("utf-8").splitlines()
     texts = [json.loads(line) for line in lines]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,19 +1,12 @@
-"""Results as files: written whole or not at all, and the README's parts that are made from them."""
+"""Results as files, and the README's parts that are made from them."""
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from djax.errors import OptionError
-
-
-def write(file: Path, text: str) -> None:
-    """A killed process leaves the old file or the new one."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text(text)
-    os.replace(partial, file)
+from djax.files import parse_json, read_text, write
 
 
 def write_lines(file: Path, lines: Iterable[dict[str, Any]]) -> None:
@@ -23,7 +16,21 @@ def write_lines(file: Path, lines: Iterable[dict[str, Any]]) -> None:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    """What `write_lines` wrote. Raises `OptionError`, which names the line, for anything else."""
+    lines = []
+    try:
+        texts = read_text(file).split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"{file}: cannot be read: {error}") from error
+    for n, text in enumerate(texts, 1):
+        if text.strip():
+            try:
+                lines.append(parse_json(text))
+            except ValueError as error:
+                raise OptionError(f"{file}, line {n}: {error}; remove the line to measure it again") from error
+            if not isinstance(lines[-1], dict):
+                raise OptionError(f"{file}, line {n}: expected an object, got {text:.60}; remove the line to measure it again")
+    return lines
 
 
 def with_part(readme: str, name: str, text: str) -> str:
@@ -38,4 +45,4 @@ def with_part(readme: str, name: str, text: str) -> str:
 def put(readme: Path | None, name: str, text: str) -> None:
     """Write a benchmark's part into a README, if one is given."""
     if readme is not None:
-        write(readme, with_part(readme.read_text(), name, text))
+        write(readme, with_part(read_text(readme), name, text))

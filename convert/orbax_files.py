@@ -8,16 +8,18 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
+from djax.directories import uninterrupted
+
 # Leaves are cut into pieces of at most this, so that a device that has a part of one reads little else, and written in groups
 # of about as many bytes as the second.
 PIECE, GROUP = 1 << 26, 1 << 28
 # Bytes that are under way at once while a checkpoint is restored, or its largest leaf's.
 AT_ONCE = 1 << 30
-Leaf = tuple[tuple[str, ...], np.ndarray]
+Leaf = tuple[tuple[str, ...], Any]
 
 
 def write(directory: Path, leaves: Iterator[Leaf]) -> None:
-    """Write leaves as they come; `directory` must not exist, and is no checkpoint before the last of them.
+    """Write leaves, arrays of numpy or jax, as they come; `directory` must not exist, and is no checkpoint before the last.
 
     Not compressed: weights hardly get smaller, and compressing them takes longer than writing them.
     """
@@ -30,19 +32,23 @@ def write(directory: Path, leaves: Iterator[Leaf]) -> None:
             group[path] = leaf
             del leaf  # or it would be held until the next one has come
             if sum(a.nbytes for a in group.values()) >= GROUP:
-                orbax.partial.save(directory, traverse_util.unflatten_dict(group))
+                with uninterrupted():
+                    orbax.partial.save(directory, traverse_util.unflatten_dict(group))
                 group.clear()
-        if group:
-            orbax.partial.save(directory, traverse_util.unflatten_dict(group))
-        orbax.partial.finalize(directory)
+        # Orbax goes on writing after an interruption, also into directories that have been removed meanwhile.
+        with uninterrupted():
+            if group:
+                orbax.partial.save(directory, traverse_util.unflatten_dict(group))
+            orbax.partial.finalize(directory)
 
 
-def save(directory: Path, tree: Any) -> None:
-    """Write a whole tree of arrays, wherever their parts are."""
+def describe(directory: Path) -> dict[tuple[str, ...], tuple[tuple[int, ...], np.dtype]]:
+    """Each leaf's shape and dtype as they are in the files."""
     from orbax.checkpoint.experimental import v1 as orbax
 
     with _context():
-        orbax.save(directory.resolve(), tree)
+        tree = orbax.metadata(directory.resolve()).metadata
+    return {path: (tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in traverse_util.flatten_dict(tree).items()}
 
 
 def restore(directory: Path, tree: Any) -> Any:

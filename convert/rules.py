@@ -7,15 +7,17 @@ are checked before anything is read, and what is wrong is reported all at once.
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 
-from djax.errors import CheckpointError
+from djax.errors import CheckpointError, list_problems
 
 FLOATS = ("F64", "F32", "F16", "BF16")
+# What torch's wrappers (DataParallel, torch.compile, FSDP, activation checkpoints) add to the names of what they wrap.
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 Path = tuple[str, ...]
 
@@ -93,10 +95,13 @@ def check(found: Mapping[str, tuple[tuple[int, ...], str]], rules: list[Rule], l
     """Compare a checkpoint's tensors (name -> shape, dtype name) and the model's parameters (path -> shape) with the rules.
 
     Raises `CheckpointError` with everything that is wrong: missing, unexpected, misshapen and wrongly typed tensors, and
-    parameters that the table would not fill exactly once (a mistake in djax, not in the checkpoint).
+    parameters that the table would not fill exactly once (a mistake in djax, not in the checkpoint). A prefix that names
+    have or lack is one problem, and what else is wrong is found as if it were mended.
     """
-    wrong = []
     wanted = {rule.source: rule for rule in rules}
+    renamed, prefix = undo_prefix(found, wanted.keys())
+    wrong = [] if prefix is None else [prefix]
+    found = {renamed[name]: kind for name, kind in found.items()}
     for name, rule in wanted.items():
         if name not in found:
             wrong.append(f"missing: {name} {list(rule.shape)}")
@@ -121,7 +126,63 @@ def check(found: Mapping[str, tuple[tuple[int, ...], str]], rules: list[Rule], l
         if filled[path] != size:
             wrong.append(f"rule table: parameter {'.'.join(path)} has {size} elements, rules fill {filled[path]}")
     if wrong:
-        raise CheckpointError("\n  ".join([f"{len(wrong)} problems with the checkpoint's tensors:", *wrong]))
+        raise CheckpointError(f"{len(wrong)} problems with the checkpoint's tensors:\n  {list_problems(wrong)}")
+
+
+def undo_prefix(found: Iterable[str], wanted: Set[str]) -> tuple[dict[str, str], str | None]:
+    """The names that tensors would have without a prefix that most of them have too much, or with one that most lack.
+
+    Returns found name -> name, each as it is where no such prefix is seen, and a sentence about the prefix, or None.
+    """
+    names = set(found)
+    votes: Counter[tuple[str, str]] = Counter()
+    for name in names - wanted:
+        votes.update(("has", name[: -len(rest)]) for rest in _without_first(name) if rest in wanted)
+        unwrapped = _unwrap(name)
+        if unwrapped != name and unwrapped in wanted:
+            votes["wrapped", ""] += 1
+    for name in wanted - names:
+        votes.update(("lacks", name[: -len(rest)]) for rest in _without_first(name) if rest in names - wanted)
+    same = {name: name for name in names}
+    if not votes:
+        return same, None
+    (how, prefix), count = votes.most_common(1)[0]
+    if 2 * count <= len(names - wanted):
+        return same, None
+
+    def rename(name: str) -> str:
+        if name in wanted:
+            return name
+        if how == "has":
+            return name.removeprefix(prefix)
+        new = _unwrap(name) if how == "wrapped" else prefix + name
+        return new if new in wanted else name
+
+    renamed = {name: rename(name) for name in sorted(names)}
+    taken = Counter(renamed.values())
+    renamed = {name: new if taken[new] == 1 else name for name, new in renamed.items()}
+    changed = [name for name, new in renamed.items() if new != name]
+    if how == "has":
+        what, cure = f"begin with {prefix!r}, which is no part of them", f"remove {prefix!r} from the names"
+    elif how == "lacks":
+        what, cure = f"lack {prefix!r} at their beginning", f"put {prefix!r} before them"
+    else:
+        what, cure = "have parts that wrappers of torch add", f"remove {' and '.join(map(repr, _WRAPPERS))} from them"
+    cure += ", or save the state_dict of the model itself" if how != "lacks" else ""
+    return renamed, f"names: {len(changed)} of {len(names)} tensors' names {what} ({changed[0]} the first); {cure}"
+
+
+def _without_first(name: str) -> Iterator[str]:
+    """The name without its first part, its first two, and so on up to four."""
+    for _ in range(4):
+        _, dot, name = name.partition(".")
+        if not dot:
+            return
+        yield name
+
+
+def _unwrap(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def load(parts: list[Rule], shape: tuple[int, ...], dtype: Any, read: Callable[[str], np.ndarray]) -> np.ndarray:

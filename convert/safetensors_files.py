@@ -10,7 +10,8 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,13 +19,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from djax.errors import CheckpointError, PathError
+from djax import checkpoint_files
+from djax.errors import CheckpointError, PathError, list_problems, shorten
+from djax.files import parse_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # as HF cuts them
 AHEAD = 1 << 28  # bytes that the system is asked to fetch before they are read
-# Bytes of JSON that are read at most; safetensors' own limit for a header.
-MOST_JSON = 100_000_000
 # Bits an element, of every type that safetensors has. Only the floating ones of two bytes and more are read.
 _BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8}
 _BITS |= {
@@ -65,32 +66,45 @@ class TensorFiles:
         self._open: dict[Path, int] = {}
         self._fetched: dict[Path, int] = {}
         self.found: dict[str, tuple[tuple[int, ...], str]] = {}
-        index = directory / INDEX
         try:
-            files = _shards(index) if index.is_file() else {directory / SINGLE: None}
-            for path, expected in files.items():
-                if not path.is_file():
-                    if expected is None:
-                        raise PathError(f"{directory}: expected {SINGLE} or {INDEX} there, found neither")
-                    raise PathError(f"{path}: this shard is listed in {INDEX} but is not there; download it again")
-                self._add(directory, path, expected)
+            listing = checkpoint_files.read_json(directory, INDEX)
+            if listing is None and not checkpoint_files.is_there(directory, INDEX):
+                shards, total = {SINGLE: None}, None
+            else:
+                shards, total = _shards(directory / INDEX, listing)
+                _check_no_other(directory, shards)
+            for name, expected in shards.items():
+                self._add(directory, name, expected)
+            if total not in (None, self.bytes):
+                # No error: tools that wrote published indices counted shared or cast tensors differently.
+                print(
+                    f"djax: {directory / INDEX}: metadata.total_size says {total} bytes, the tensors have {self.bytes}; "
+                    "if that is not known of this checkpoint, download it again",
+                    file=sys.stderr,
+                )
         except BaseException:
             self.close()
             raise
 
-    def _add(self, directory: Path, path: Path, expected: set[str] | None) -> None:
-        inside(directory, path)
+    def _add(self, directory: Path, name: str, expected: set[str] | None) -> None:
+        path = directory / name
+        file = checkpoint_files.open_file(directory, name)
+        if file is None and expected is None:
+            raise PathError(f"{directory}: expected {SINGLE} or {INDEX} there, found neither")
+        if file is None:
+            raise PathError(f"{path}: this shard is listed in {INDEX} but is not there; download it again")
+        self._open[path] = file
         try:
-            file = self._open[path] = os.open(path, os.O_RDONLY)
             header = _header(file)
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from error
+        except (OSError, ValueError) as error:
+            reason = shorten(str(error))
+            raise CheckpointError(f"{path}: not a whole safetensors file ({reason}); copy or download it again") from error
         if expected is not None and header.keys() != expected:
             absent, extra = sorted(expected - header.keys()), sorted(header.keys() - expected)
-            raise CheckpointError(f"{path}: disagrees with {INDEX}: absent {absent[:5]}, not listed {extra[:5]}")
-        for name, (shape, dtype, start, stop) in header.items():
-            self.found[name] = shape, dtype
-            self._where[name] = _Place(path, start, stop)
+            raise CheckpointError(f"{path}: disagrees with {INDEX}: absent {_names(absent)}, not listed {_names(extra)}")
+        for tensor, (shape, dtype, start, stop) in header.items():
+            self.found[tensor] = shape, dtype
+            self._where[tensor] = _Place(path, start, stop)
 
     @property
     def bytes(self) -> int:
@@ -130,49 +144,34 @@ class TensorFiles:
         self.close()
 
 
-def inside(directory: Path, path: Path) -> None:
-    """Raises `CheckpointError` if a file of a checkpoint is a link out of its directory, except to the files that the hub's
-    own cache keeps beside its snapshots."""
-    home, target = directory.resolve(), path.resolve()
-    homes = [home] + ([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])
-    if not any(target.is_relative_to(allowed) for allowed in homes):
-        raise CheckpointError(f"{path}: a link that points outside the checkpoint's directory, to {target}")
+def _names(names: list[str]) -> str:
+    return f"[{list_problems([repr(name) for name in names], ', ')}]"
 
 
-def read_json(path: Path) -> Any:
-    """The file's JSON. Raises `CheckpointError` where it is none, names a key twice, or is larger than any such file."""
-    try:
-        if path.stat().st_size > MOST_JSON:
-            raise ValueError(f"{path.stat().st_size} bytes of JSON")
-        return _parse(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: expected JSON: {error}") from error
-
-
-def _parse(text: bytes) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        out = dict(pairs)
-        if len(out) != len(pairs):
-            twice = next(key for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n]))
-            raise ValueError(f"{twice!r} is there twice")
-        return out
-
-    return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-
-
-def _shards(index: Path) -> dict[Path, set[str]]:
-    """The files an index names, and the tensors of each."""
-    inside(index.parent, index)
-    listing = read_json(index)
+def _shards(index: Path, listing: Any) -> tuple[dict[str, set[str]], int | float | None]:
+    """The files an index names, the tensors of each, and the bytes of all tensors if it says how many these are."""
     weight_map = listing.get("weight_map") if isinstance(listing, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{index}: expected JSON with a 'weight_map' of tensor to file")
-    shards: dict[Path, set[str]] = {}
+    shards: dict[str, set[str]] = {}
     for name, file in weight_map.items():
-        if Path(file).name != file or "\0" in file:
-            raise CheckpointError(f"{index}: shard {file!r} points outside the checkpoint's directory")
-        shards.setdefault(index.parent / file, set()).add(name)
-    return shards
+        if file in ("", ".", "..") or "/" in file or "\0" in file:
+            raise CheckpointError(f"{index}: shard {shorten(repr(file))} points outside the checkpoint's directory")
+        shards.setdefault(file, set()).add(name)
+    metadata = listing.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if not isinstance(metadata, dict | None) or isinstance(total, bool) or not isinstance(total, int | float | None):
+        raise CheckpointError(f"{index}: expected 'metadata' with a number 'total_size', or without one")
+    return shards, total
+
+
+def _check_no_other(directory: Path, shards: Mapping[str, Any]) -> None:
+    """Raises `CheckpointError` if there are weights that the index does not know: one of the two is of another model."""
+    if SINGLE not in shards and checkpoint_files.is_there(directory, SINGLE):
+        raise CheckpointError(
+            f"{directory}: {SINGLE} and {INDEX} are both there, and the index does not name {SINGLE}. If {SINGLE} has the "
+            f"weights you want, remove {INDEX} and the {len(shards)} files it names; if not, remove {SINGLE}"
+        )
 
 
 def _header(file: int) -> dict[str, tuple[tuple[int, ...], str, int, int]]:
@@ -183,14 +182,17 @@ def _header(file: int) -> dict[str, tuple[tuple[int, ...], str, int, int]]:
         raise ValueError("not a file")
     start = os.pread(file, 8, 0)
     size = int.from_bytes(start, "little")
-    if len(start) < 8 or size > status.st_size - 8 or size > MOST_JSON:
+    if len(start) < 8 or size > status.st_size - 8 or size > checkpoint_files.MOST_TEXT:
         raise ValueError(f"a header of {size} bytes in a file of {status.st_size}")
-    entries = _parse(os.pread(file, size, 8))
+    entries = _parse_header(os.pread(file, size, 8))
     if not isinstance(entries, dict):
         raise ValueError("the header is no JSON object")
-    metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise ValueError("__metadata__ is no object of strings")
+    metadata = entries.pop("__metadata__", None)
+    if metadata is not None:
+        if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("__metadata__ is no object of strings")
+        _check_encodable([*metadata, *metadata.values()])
+    _check_encodable(entries)
     out, begin = {}, 8 + size
     for name, entry in entries.items():
         shape, dtype, (first, last) = _entry(name, entry)
@@ -203,6 +205,23 @@ def _header(file: int) -> dict[str, tuple[tuple[int, ...], str, int, int]]:
     if end != status.st_size:
         raise ValueError(f"the tensors end at {end}, the file at {status.st_size}")
     return out
+
+
+def _parse_header(text: bytes) -> Any:
+    """JSON as the safetensors library reads it: UTF-8 without a byte order mark, and whole numbers without a sign."""
+
+    def count(digits: str) -> int:
+        if digits.startswith("-"):
+            raise ValueError(f"the number {digits}")
+        return int(digits)
+
+    return parse_json(text.decode("utf-8"), checkpoint_files.unique, count)
+
+
+def _check_encodable(texts: Iterable[str]) -> None:
+    """Raises `ValueError` for half of a surrogate pair, which JSON can spell and no text has."""
+    for text in texts:
+        text.encode()
 
 
 def _entry(name: str, entry: Any) -> tuple[tuple[int, ...], str, tuple[int, int]]:
@@ -264,7 +283,7 @@ def write(
     if many:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
 def cast(

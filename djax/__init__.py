@@ -1,5 +1,10 @@
 """djax: a JAX engine for diffusion language models. A whole decode is one XLA program."""
 
+from djax import interrupt
+
+# Before the imports that take a second.
+interrupt.leave_while_importing()
+
 from djax.ahead import compile, export_program
 from djax.caching import Block, Dual, Prefix, Vicinity
 from djax.caching.contract import Policy

@@ -105,7 +105,7 @@ def export_program(
     with new_directory(directory) as partial:
         (partial / PROGRAM).write_bytes(exported.serialize())
         save_file({name: np.asarray(a) for name, a in parameters.items()}, partial / PARAMETERS)
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
 
 
 def _asked(model: Model, prompt_length: int, rows: int, options: dict[str, Any], caller: str) -> Asked:

@@ -18,13 +18,14 @@ from jax.sharding import Mesh, Sharding
 
 import djax.models.quantized as quantized
 from djax import checks, sharding
+from djax.checks import boolean
 from djax.convert import orbax_files, rules, safetensors_files
 from djax.directories import new_directory
-from djax.errors import CheckpointError, OptionError, PathError
+from djax.errors import CheckpointError, OptionError, PathError, shorten
 from djax.model import Model, known_model
 from djax.models.hf import list_settings
 from djax.process import refuse_transfer_guard, with_own_settings
-from djax.source import DTYPES, MANIFEST, ORBAX, Source, kinds, name_of, opened, shapes, written
+from djax.source import DTYPES, MANIFEST, ORBAX, Source, kinds, name_of, opened, shapes, sum_bytes, written
 
 NOT_FINITE = ("warn", "refuse", "allow")
 
@@ -37,6 +38,7 @@ def load(
     mesh: Mesh | None = None,
     quantize: str | None = None,
     not_finite: str = "warn",
+    verify: bool = False,
 ) -> Model:
     """Load a model.
 
@@ -53,6 +55,8 @@ def load(
            but is neither saved nor trained.
     not_finite: what to do about weights that are NaN or infinite: "warn" on standard error, "refuse" with an error, or
            "allow" them without looking. Of an Orbax directory none are looked at: `djax convert` did.
+    verify: compare each parameter with the SHA-256 sum that `djax convert` and `djax.save` note, and refuse one that was
+           damaged since. HF directories hold no sums and are refused.
 
     Only safetensors and JSON are read: no pickle, no code. Tensors are read one at a time and without torch. Every tensor must
     be used exactly once and every parameter filled exactly once. Raises `OptionError` (for a mesh that does not fit the
@@ -65,8 +69,9 @@ def load(
     if mesh is not None:
         sharding.check(mesh)
     spoiled: list[str] = []
-    with opened(path, dtype, None if known_not_finite(not_finite) == "allow" else finite(spoiled, not_finite)) as source:
-        if source.layout == "Orbax" and quantize is None:
+    examine = None if known_not_finite(not_finite) == "allow" else finite(spoiled, not_finite)
+    with opened(path, dtype, examine, boolean(verify, "verify")) as source:
+        if source.layout == "Orbax" and quantize is None and not verify:
             params = _restore(source, mesh)
         else:
             params = _read(source, mesh, quantize)
@@ -104,9 +109,12 @@ def warn_of(spoiled: list[str], directory: Path) -> None:
         )
 
 
-def inspect(path: str | os.PathLike | None = None) -> dict[str, Any]:
-    """What a checkpoint is, without reading weights: family, sizes, ids. HF tensors are checked against the config."""
-    with opened(path) as source:
+def inspect(path: str | os.PathLike | None = None, *, verify: bool = False) -> dict[str, Any]:
+    """What a checkpoint is, without reading weights: family, sizes, ids. HF tensors are checked against the config.
+
+    verify: read all parameters and compare them with the SHA-256 sums, as `load` does; raises what it raises.
+    """
+    with opened(path, verify=verify) as source:
         tokenizer, leaves = source.tokenizer, source.shapes.values()
         facts = {
             "path": str(source.directory),
@@ -118,6 +126,10 @@ def inspect(path: str | os.PathLike | None = None) -> dict[str, Any]:
             "tokenizer": f"{len(tokenizer)} tokens" if tokenizer is not None else "none",
             "chat template": "yes" if tokenizer is not None and tokenizer.chat_template else "no",
         }
+        if verify:
+            for leaf in source.order:
+                source.get(leaf)
+            facts["verified"] = f"all {len(source.order)} parameters, against their SHA-256 sums"
         return facts | list_settings(source.config)
 
 
@@ -151,14 +163,19 @@ def hf_names(family: ModuleType, config: Any) -> list[str]:
 def save(model: Model, directory: str | os.PathLike) -> None:
     """Write an Orbax checkpoint that `load` restores: parameters, config, tokenizer and a manifest.
 
-    The directory must not exist; it appears whole or not at all. Raises `OptionError` if it exists, and for a quantised model.
+    The manifest holds each parameter's SHA-256 sum (`load(verify=True)`), unless other processes hold parts of it. The
+    directory must not exist; it appears whole or not at all. Raises `OptionError` if it exists, and for a quantised model,
+    and `CheckpointError` where the disk is full.
     """
     known_model(model)
     _as_it_came(model)
+    flat, sums = traverse_util.flatten_dict(model.params), {}
+    if all(leaf.is_fully_addressable for leaf in flat.values()):
+        sums = {".".join(path): sum_bytes(np.asarray(leaf)) for path, leaf in flat.items()}
     with new_directory(directory) as partial:
-        orbax_files.save(partial / ORBAX, model.params)
+        orbax_files.write(partial / ORBAX, iter(flat.items()))
         write_description(model, partial)
-        write_manifest(partial, model.family, model.config, model.dtype, model.stored)
+        write_manifest(partial, model.family, model.config, model.dtype, model.stored, parameters=sums)
 
 
 def write_manifest(directory: Path, family: ModuleType, config: Any, dtype: Any, stored: dict[str, str], **more: Any) -> None:
@@ -167,7 +184,7 @@ def write_manifest(directory: Path, family: ModuleType, config: Any, dtype: Any,
 
     facts = {"family": name_of(family), "config": list_settings(config), "dtype": str(np.dtype(dtype))}
     facts |= {"djax": djax.__version__, **more, "stored": dict(stored)}
-    (directory / MANIFEST).write_text(json.dumps(facts, indent=1) + "\n")
+    (directory / MANIFEST).write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
 
 
 def _read(source: Source, mesh: Mesh | None, quantize: str | None) -> Any:
@@ -188,7 +205,8 @@ def _restore(source: Source, mesh: Mesh | None) -> Any:
         params = orbax_files.restore(source.directory / ORBAX, traverse_util.unflatten_dict(saved))
     except Exception as error:  # Orbax raises many kinds for a damaged directory; all mean the same to a user
         refuse_transfer_guard(error)
-        raise CheckpointError(f"{source.directory}: the Orbax checkpoint cannot be restored: {error}") from error
+        reason = shorten(str(error))
+        raise CheckpointError(f"{source.directory}: the Orbax checkpoint cannot be restored: {reason}") from error
     return jax.tree.map(lambda a, leaf: a.astype(leaf.dtype), params, traverse_util.unflatten_dict(source.shapes))
 
 
@@ -200,7 +218,8 @@ def export_hf(model: Model, directory: str | os.PathLike, *, dtype: str | None =
     HF checkpoint is bit-equal to it; only where the parameters were narrowed at loading do tensors stay as narrow as
     they are. "float32" or "bfloat16" casts all, and config.json says so.
 
-    The directory must not exist; it appears whole or not at all. Raises `OptionError` if it exists.
+    The directory must not exist; it appears whole or not at all. Raises `OptionError` if it exists, and `CheckpointError` where
+    the disk is full.
     """
     known_model(model)
     known_dtype(dtype)
@@ -234,6 +253,6 @@ def write_description(of: Model | Source, directory: Path, dtype: str | None = N
     hf = dict(of.hf_config)
     if dtype is not None:
         hf = {key: value for key, value in hf.items() if key != "dtype"} | {"torch_dtype": dtype}
-    (directory / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+    (directory / "config.json").write_text(json.dumps(hf, indent=2) + "\n", "utf-8")
     if of.tokenizer is not None:
         of.tokenizer.save_pretrained(str(directory))

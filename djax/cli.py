@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,9 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg, subcommand
 
+from djax import interrupt
 from djax.errors import DjaxError, OptionError, PromptError
+from djax.files import decode
 
 
 @dataclasses.dataclass
@@ -101,7 +103,8 @@ class Generate:
     file: Path | None = None
     """Read the question from this file instead."""
     lines: bool = False
-    """Every line of the file or of standard input is a question of its own; they are decoded together."""
+    """Every line of the file or of standard input is a question of its own; they are decoded together. Lines end at newlines
+    alone; blank ones are left out, but counted."""
     model: Checkpoint = None
     """A checkpoint directory, HF's or one that `djax convert` wrote; tiny-td is the small model, distilled."""
     dtype: str | None = None
@@ -118,14 +121,17 @@ class Generate:
     html: Annotated[Path | None, arg(metavar="FILE")] = None
     """Write the decode as a page to step through, one file that needs no network."""
     json: bool = False
-    """Print one JSON object a question instead of text."""
+    """Print one JSON object a question instead of text, a line each: index (of the question's line, from 0), prompt, text,
+    tokens, prompt_tokens (how many), finish_reason ("stop" at the end of text, "length" where the canvas ended), seed,
+    forwards, refreshes, positions, tokens_per_forward. Questions decoded together share compile_seconds and decode_seconds:
+    the first of them has both, so that sums are right."""
     compile_cache: bool = True
     """Keep compiled programs in the user's cache directory, so that the next run starts at once."""
 
     def run(self, console: Console) -> None:
         from djax.pictures import frames, page, terminal
 
-        prompts = self._prompts()
+        questions = self._questions()
         options = self.decoding.options()
         drawn = self.show or self.html is not None
         if self.html is not None:
@@ -138,43 +144,53 @@ class Generate:
             mesh = None if self.devices == 1 else djax.mesh(model=self.devices)
             model = djax.load(self.model, dtype=self.dtype, mesh=mesh, quantize=self.quantize)
         with working(console, "compiling and decoding"):
-            answers = djax.generate(model, prompts, max_batch=self.max_batch, trace=drawn, **options)
-        answers = answers if isinstance(answers, list) else [answers]
+            texts = [text for _, text in questions]
+            answers = djax.generate(model, texts, max_batch=self.max_batch, trace=drawn, **options)
         replays = [frames.replay(answer, model.tokenizer) for answer in answers] if drawn else []
         if self.show:
             # What --json prints is for programs, so the picture goes beside it.
             terminal.show(replays, console if self.json else Console())
         if self.json:
-            print("\n".join(json.dumps(as_json(answer)) for answer in answers))
+            say("\n".join(json.dumps(entry) for entry in as_json(questions, answers, self.decoding.seed)))
         else:
-            print("\n\n".join(answer.text for answer in answers), end="\n\n")
-            print(figures(answers))
+            say("\n\n".join(answer.text for answer in answers), end="\n\n")
+            say(figures(answers))
         if self.html is not None:
-            questions = prompts if isinstance(prompts, list) else [prompts]
-            page.write(self.html, replays, [page.facts(q, a, options) for q, a in zip(questions, answers, strict=True)])
+            page.write(self.html, replays, [page.facts(q, a, options) for q, a in zip(texts, answers, strict=True)])
 
-    def _prompts(self) -> str | list[str]:
+    def _questions(self) -> list[tuple[int, str]]:
+        """The questions, each with the number of its line, counted from 0."""
         if (self.question is None) == (self.file is None):
             raise OptionError("give either a question, or '-' for standard input, or --file FILE")
         if self.file is not None:
-            if not self.file.is_file():
-                raise OptionError(f"--file: {self.file} does not exist or is not a file")
-            text = self._read(self.file.read_bytes)
+            text = self._read(self.file)
         elif self.question == "-":
-            text = self._read(sys.stdin.buffer.read)
+            text = self._read(None)
         elif self.lines:
             raise OptionError("--lines goes with --file or '-', not with a question on the command line")
         else:
-            text = self.question
-        prompts = [line for line in text.splitlines() if line.strip()] if self.lines else text.strip()
-        if not prompts:
+            text = typed(self.question)
+        if not self.lines:
+            questions = [(0, text.strip())]
+        else:
+            # str.splitlines knows a dozen other ends of lines, which stand inside of questions.
+            questions = [(n, line.removesuffix("\r")) for n, line in enumerate(text.split("\n"))]
+        questions = [(n, text) for n, text in questions if text.strip()]
+        if not questions:
             raise PromptError("the question is empty")
-        return prompts
+        return questions
 
     @staticmethod
-    def _read(read: Callable[[], bytes]) -> str:
+    def _read(file: Path | None) -> str:
+        """The text of a file; None is standard input."""
         try:
-            return read().decode()
+            if file is None:
+                if sys.stdin is None:
+                    raise PromptError("the question cannot be read: standard input is closed")
+                return decode(sys.stdin.buffer.read())
+            if not file.is_file():
+                raise OptionError(f"--file: {file} does not exist or is not a file")
+            return decode(file.read_bytes())
         except (OSError, UnicodeDecodeError) as error:
             raise PromptError(f"the question cannot be read as UTF-8 text: {error}") from error
 
@@ -208,8 +224,8 @@ class Explain:
         length = whole_number(64 if self.prompt_length is None else self.prompt_length, "--prompt-length", at_least=1)
         token = int(model.config.mask_id == 0)  # the one id that no prompt may hold
         # However long, it takes no memory before it is found to fit.
-        prompt = np.broadcast_to(np.int32(token), (length,)) if self.question is None else self.question
-        print(djax.explain(model, prompt, **options))
+        prompt = np.broadcast_to(np.int32(token), (length,)) if self.question is None else typed(self.question)
+        say(djax.explain(model, prompt, **options))
 
 
 @dataclasses.dataclass
@@ -256,34 +272,37 @@ class CompileAhead:
         if self.export is not None:
             shape = dict(prompt_length=self.prompt_length[0], rows=self.rows[0])
             djax.export_program(model, self.export, platform=self.platform, **shape, **options)
-            print(f"{self.export}: one program")
+            say(f"{self.export}: one program")
             return
         for rows in self.rows:
             for length in self.prompt_length:
                 with working(console, "compiling"):
                     canvas, seconds = djax.compile(model, prompt_length=length, rows=rows, **options)
-                print(f"{rows} x {canvas}: {seconds:.1f} s" if seconds else f"{rows} x {canvas}: the same program")
+                say(f"{rows} x {canvas}: {seconds:.1f} s" if seconds else f"{rows} x {canvas}: the same program")
 
 
 @dataclasses.dataclass
 class Info:
-    """Show a checkpoint's family, size and token ids. Reads no weights."""
+    """Show a checkpoint's family, size and token ids. Reads no weights, except to verify them."""
 
     model: Positional[Checkpoint] = None
     """A checkpoint directory; without it, the small model that ships with djax."""
     json: bool = False
     """Print a JSON object."""
+    verify: bool = False
+    """Read all parameters of an Orbax directory and compare them with the SHA-256 sums that `djax convert` noted."""
 
     def run(self, console: Console) -> None:
         from djax.checkpoint import inspect
 
-        facts = inspect(self.model)
+        with working(console, "verifying") if self.verify else nullcontext():
+            facts = inspect(self.model, verify=self.verify)
         if self.json:
-            print(json.dumps(facts))
+            say(json.dumps(facts))
         else:
             width = max(map(len, facts))
             for name, value in facts.items():
-                print(f"{name:{width}}  {value:,}" if isinstance(value, int) and value > 9999 else f"{name:{width}}  {value}")
+                say(f"{name:{width}}  {value:,}" if isinstance(value, int) and value > 9999 else f"{name:{width}}  {value}")
 
 
 @dataclasses.dataclass
@@ -310,7 +329,7 @@ class Convert:
         from djax.conversion import convert
 
         bar = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        with Progress(*bar, console=console, transient=True) as shown:
+        with Progress(*bar, console=console, transient=True, disable=not console.is_terminal) as shown:
             tasks: dict[str, Any] = {}
 
             def progress(what: str, done: int, total: int) -> None:
@@ -322,10 +341,10 @@ class Convert:
             report = convert(self.source, self.out, **options, progress=progress)
         warn_of(list(report.spoiled), Path(self.source))
         if report.rounding is not None:
-            print(f"largest rounding error: {report.rounding[0]:.3g}, in {report.rounding[1]}")
+            say(f"largest rounding error: {report.rounding[0]:.3g}, in {report.rounding[1]}")
         rate = report.bytes / max(report.seconds, 1e-9) / 1e6
         done = "converted and verified" if report.verified else "converted"
-        print(
+        say(
             f"{self.out}: {report.family}, {report.dtype}, {report.layout}; {report.bytes / 1e6:,.1f} MB {done} in "
             f"{report.seconds:.1f} s ({rate:,.0f} MB/s)"
         )
@@ -343,7 +362,7 @@ class Train:
     def run(self, console: Console) -> None:
         from djax.training.train import Run, train
 
-        print(train(_config(self.config, Run), self.out))
+        say(train(_config(self.config, Run), self.out, console=console))
 
 
 @dataclasses.dataclass
@@ -449,8 +468,8 @@ class Distill:
 
             options = dict(problems=rest, count=count)
             options |= dict(verifier=self.verifier, gen_length=run.decoding.gen_length, note=_note(console))
-            print(benchmark.compare({"before": model, "after": trained}, self.out, **options))
-        print(self.out / "model")
+            say(benchmark.compare({"before": model, "after": trained}, self.out, **options))
+        say(self.out / "model")
 
     def _run(self) -> Any:
         """The config's distillation with the options that were given."""
@@ -522,13 +541,13 @@ class Evaluate:
         whole_number(self.batch, "--batch", at_least=1)
         problems = held_out(whole_number(self.problems, "--problems", at_least=1), self.problem_seed)
         model = djax.load(self.model, dtype=self.dtype, quantize=self.quantize)
-        with Progress(console=console, transient=True) as bar:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("answering", total=len(problems))
             report = evaluate(
                 model, problems, max_batch=self.batch, progress=lambda done: bar.update(task, completed=done), **options
             )
         shown = {name: repr(value) if name in ("decoder", "cache", "smoothing") else value for name, value in options.items()}
-        print(json.dumps({"model": repr(model), **shown, **dataclasses.asdict(report)}))
+        say(json.dumps({"model": repr(model), **shown, **dataclasses.asdict(report)}))
 
 
 @dataclasses.dataclass
@@ -561,7 +580,7 @@ class Ladder:
         if not self.draw:
             model, problems = _model_and_problems(self.model, self.problems)
             ladder.measure(model, problems, self.out, resume=self.resume, note=_note(console))
-        print(ladder.finish(self.out, self.readme))
+        say(ladder.finish(self.out, self.readme))
 
 
 @dataclasses.dataclass
@@ -583,7 +602,7 @@ class SoftTop:
         model, problems = _model_and_problems(self.model, self.problems)
         text = soft_top.table(soft_top.measure(model, problems, self.out, _note(console)))
         report.put(self.readme, "soft-top", text)
-        print(text)
+        say(text)
 
 
 @dataclasses.dataclass
@@ -610,7 +629,7 @@ class Compile:
         jax.config.update("jax_platforms", "cpu")  # nothing runs on a GPU
         from djax.benchmarks import compile as benchmark
 
-        print(benchmark.run(self.target, list(self.devices), self.out, self.readme, _note(console)))
+        say(benchmark.run(self.target, list(self.devices), self.out, self.readme, _note(console)))
 
 
 @dataclasses.dataclass
@@ -632,7 +651,7 @@ class Conversion:
     def run(self, console: Console) -> None:
         from djax.benchmarks import conversion
 
-        print(conversion.run(self.work, self.out, self.readme, _note(console)))
+        say(conversion.run(self.work, self.out, self.readme, _note(console)))
 
 
 @dataclasses.dataclass
@@ -656,7 +675,7 @@ class Devices:
         jax.config.update("jax_num_cpu_devices", 8)
         from djax.benchmarks import devices
 
-        print(devices.run(self.out, self.readme, _note(console)))
+        say(devices.run(self.out, self.readme, _note(console)))
 
 
 @dataclasses.dataclass
@@ -682,7 +701,7 @@ class Speed:
         from djax.checks import whole_number
 
         repeats = whole_number(self.repeats, "--repeats", at_least=1)
-        print(speed.run(list(self.parts), repeats, self.out, self.readme, _note(console)))
+        say(speed.run(list(self.parts), repeats, self.out, self.readme, _note(console)))
 
 
 @dataclasses.dataclass
@@ -708,7 +727,7 @@ class Distillation:
 
         model, problems = _model_and_problems(None, self.problems)
         places = dict(work=self.work, out=self.out, readme=self.readme)
-        print(distill.run(**places, model=model, problems=len(problems), console=console, note=_note(console)))
+        say(distill.run(**places, model=model, problems=len(problems), console=console, note=_note(console)))
 
 
 Benchmark = (
@@ -757,31 +776,84 @@ def figures(answers: list[Any]) -> str:
     )
 
 
-def as_json(answer: Any) -> dict[str, Any]:
-    return {
-        "text": answer.text,
-        "tokens": answer.tokens.tolist(),
-        "forwards": answer.forwards,
-        "refreshes": answer.refreshes,
-        "positions": answer.positions,
-        "tokens_per_forward": answer.tokens_per_forward,
-        "compile_seconds": answer.timing.compile,
-        "decode_seconds": answer.timing.decode,
-    }
+def as_json(questions: list[tuple[int, str]], answers: list[Any], seed: int) -> Iterator[dict[str, Any]]:
+    """What --json prints of each answer. Answers that were decoded together share a `timing`, which is printed once."""
+    timed = set()
+    for (index, prompt), answer in zip(questions, answers, strict=True):
+        entry = {
+            "index": index,
+            "prompt": prompt,
+            "text": answer.text,
+            "tokens": answer.tokens.tolist(),
+            "prompt_tokens": answer.prompt_length,
+            "finish_reason": answer.finish_reason,
+            "seed": seed,
+            "forwards": answer.forwards,
+            "refreshes": answer.refreshes,
+            "positions": answer.positions,
+            "tokens_per_forward": answer.tokens_per_forward,
+        }
+        if id(answer.timing) not in timed:
+            timed.add(id(answer.timing))
+            entry["compile_seconds"] = round(answer.timing.compile, 3)
+            entry["decode_seconds"] = round(answer.timing.decode, 3)
+        yield entry
+
+
+def typed(question: str) -> str:
+    """A question of the command line. Python decodes it by the locale; what a locale does not know is UTF-8 all the same."""
+    try:
+        question.encode()
+    except UnicodeEncodeError:
+        try:
+            return decode(os.fsencode(question))
+        except UnicodeError as error:
+            raise PromptError(f"the question cannot be read as UTF-8 text: {error}") from error
+    return question
+
+
+def say(text: Any, end: str = "\n") -> None:
+    """Print, so that whoever reads the output has it at once, and a disk that is full is one sentence."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OptionError(f"standard output cannot be written: {error.strerror}") from error
 
 
 @contextmanager
 def working(console: Console, what: str) -> Iterator[None]:
     """A spinner with the seconds so far, on standard error; nothing where that is not a terminal."""
     began = time.monotonic()
-    with console.status(f"{what} ..."):
+    with console.status(f"{what} ...", spinner="line" if console.options.ascii_only else "dots"):
         yield
     if console.is_terminal:
         console.print(f"{what}: {time.monotonic() - began:.1f} s", style="dim")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. Exits with 2 and one line on standard error for anything a user can mend."""
+    """Entry point. Exits with 2 and one line on standard error for anything a user can mend.
+
+    arguments: those of the process by default, which then is the command and nothing else: an interrupt ends it.
+    """
+    if arguments is None:
+        _open_what_is_closed()
+    try:
+        with interrupt.hold() as interrupted, _escaping():
+            code = _run(arguments, interrupted)
+    except KeyboardInterrupt:  # between the lines above
+        print("djax: interrupted", file=sys.stderr)
+        sys.exit(interrupt.STATUS)
+    if interrupted():
+        # Not by way of what the interpreter and libraries do at exit, which may wait for threads or be interrupted again.
+        os._exit(code)
+    if code:
+        sys.exit(code)
+
+
+def _run(arguments: list[str] | None, interrupted: Callable[[], bool]) -> int:
+    """Run a command and say how it ended: its exit code."""
     console = Console(stderr=True)
     commands = {
         "generate": Generate,
@@ -795,29 +867,70 @@ def main(arguments: list[str] | None = None) -> None:
         "bench": Bench,
     }
 
-    def read() -> Any:
-        return tyro.extras.subcommand_cli_from_dict(
-            commands, prog="djax", description="A JAX engine for diffusion language models.", args=arguments
-        )
+    def complain(text: str) -> None:
+        console.print(f"djax: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
 
     before = START.set(Decoding())
     try:
-        arguments = sys.argv[1:] if arguments is None else arguments
-        name = _preset(arguments)
-        if name is not None:
-            START.set(Decoding.of(name))
-        read().run(console)
-    except DjaxError as error:
-        console.print(f"djax: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        # Whoever read the output has enough; what is still buffered goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        try:
+            arguments = sys.argv[1:] if arguments is None else arguments
+            name = _preset(arguments)
+            if name is not None:
+                START.set(Decoding.of(name))
+            about = "A JAX engine for diffusion language models."
+            tyro.extras.subcommand_cli_from_dict(commands, prog="djax", description=about, args=arguments).run(console)
+        finally:
+            say("", end="")  # what help left in the buffer: the interpreter's own flush could only print an error
+    except BaseException as error:
+        if interrupted() or isinstance(error, KeyboardInterrupt):
+            _drop_output()
+            # Also where a library has made another error of the interrupt.
+            complain("interrupted")
+            return interrupt.STATUS
+        if isinstance(error, BrokenPipeError):
+            # Whoever read the output has enough.
+            _drop_output()
+            return 141
+        if isinstance(error, DjaxError | OSError):
+            _drop_output()
+            complain(str(error))
+            return 2
+        raise
     finally:
         START.reset(before)
+    return 0
+
+
+def _drop_output() -> None:
+    """What standard output still holds is written, or goes nowhere if it cannot be."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        with suppress(OSError):  # no file of the system, in a program that caught the output
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_what_is_closed() -> None:
+    """A closed standard stream's number would go to the next file that is opened, which then gets what is printed."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            number = os.open(os.devnull, os.O_RDWR)
+            if name != "stdin":  # a question that was to come from there is missed
+                setattr(sys, name, os.fdopen(number, "w", encoding="utf-8"))
+
+
+@contextmanager
+def _escaping() -> Iterator[None]:
+    """Inside, what the encoding of the output cannot say is printed as an escape, and no error."""
+    changed = [(s, s.errors) for s in (sys.stdout, sys.stderr) if hasattr(s, "reconfigure")]
+    for stream, _ in changed:
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in changed:
+            with suppress(OSError, ValueError):  # it was closed meanwhile
+                stream.reconfigure(errors=errors)
 
 
 def _preset(arguments: list[str]) -> str | None:

@@ -10,6 +10,7 @@ import warnings
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from djax.cache_entries import keep_entries_whole
 from djax.checks import path
 from djax.errors import OptionError
 from djax.private import check_contents, default_directory, private_directory
@@ -62,4 +63,6 @@ def _keep_in(directory: str | os.PathLike | None, argument: str) -> None:
         jax.config.update("jax_compilation_cache_dir", directory and str(directory))
         # jax settles whether it has a cache at its first compile; a program that used jax before djax must ask anew.
         compilation_cache.reset_cache()
+        if directory is not None:
+            keep_entries_whole(directory)
         _decided = True

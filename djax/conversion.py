@@ -1,16 +1,13 @@
 """HF checkpoints to Orbax and back, on a machine with less memory than the checkpoint: one parameter in memory at a time."""
 
 import dataclasses
-import errno
-import hashlib
 import os
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +19,7 @@ from djax.directories import free, new_directory
 from djax.errors import CheckpointError, OptionError
 from djax.files import expand_home
 from djax.process import with_own_settings
-from djax.source import ORBAX, Source, kinds, name_of, opened, written
+from djax.source import ORBAX, Source, kinds, name_of, opened, sum_bytes, written
 
 LAYOUTS = ("orbax", "hf")
 Progress = Callable[[str, int, int], None]
@@ -64,8 +61,9 @@ def convert(
     read and bytes in all.
 
     Out must not exist; it appears whole or not at all, and what a killed conversion has left is removed by the next one to the
-    same place. An Orbax directory's manifest has the SHA-256 of every HF tensor, by name. Law: HF -> Orbax -> HF gives tensors
-    equal bit for bit. Raises `OptionError`, `CheckpointError` (also where the disk is full) and what `djax.load` raises.
+    same place. An Orbax directory's manifest has the SHA-256 of every HF tensor and of every parameter, by name. Invariant: HF
+    -> Orbax -> HF gives tensors equal bit for bit. Raises `OptionError`, `CheckpointError` (also where the disk is full) and
+    what `djax.load` raises.
     """
     if to not in LAYOUTS:
         raise OptionError(f"--to: expected {' or '.join(LAYOUTS)}, got {to!r}")
@@ -79,14 +77,15 @@ def convert(
         as_written = kinds(read.family, read.config, read.stored, read.dtype, dtype)
         examiner.narrowed_to = {name: kind for name, (_, kind) in as_written.items()}
         examiner.watch("converting", read.bytes, progress)
-        with _disk_full_told(Path(out)), new_directory(out) as partial:
+        with new_directory(out) as partial:
             if to == "orbax":
-                orbax_files.write(partial / ORBAX, ((path, _get(read, path, examiner)) for path in read.order))
+                leaves = ((path, examiner.sum(path, _get(read, path, examiner))) for path in read.order)
+                orbax_files.write(partial / ORBAX, leaves)
             else:
                 tensors = rules.unload(written(read.family, read.config), lambda path: _get(read, path, examiner))
                 safetensors_files.write(partial, as_written, safetensors_files.cast(tensors, as_written))
             write_description(read, partial, dtype)
-            digests = examiner.digests()
+            digests, sums = examiner.digests(), examiner.sums()
             if verify:
                 examiner.watch("verifying", read.bytes, progress)
                 _verify_orbax(read, partial) if to == "orbax" else _verify_hf(read, partial, as_written)
@@ -94,9 +93,8 @@ def convert(
                     raise CheckpointError(f"{read.directory}: the source changed while it was read")
             if to == "orbax":
                 more = {"source": str(read.directory), "command": shlex.join(["djax", *sys.argv[1:]])}
-                write_manifest(
-                    partial, read.family, read.config, read.dtype, read.stored, **more, sha256=digests or read.sha256
-                )
+                more |= {"parameters": sums, "sha256": digests or read.sha256}
+                write_manifest(partial, read.family, read.config, read.dtype, read.stored, **more)
     return Report(
         family=name_of(read.family),
         layout=to,
@@ -110,7 +108,8 @@ def convert(
 
 
 class Examiner:
-    """Looks at each HF tensor as it is read, beside the reading: digest, values that are not finite, what rounding costs."""
+    """Looks at each HF tensor as it is read, beside the reading: digest, values that are not finite, what rounding costs; and
+    sums each parameter that is written."""
 
     def __init__(self, not_finite: str) -> None:
         self.spoiled: list[str] = []
@@ -118,6 +117,7 @@ class Examiner:
         self.narrowed_to: dict[str, np.dtype] = {}
         self._finite = None if not_finite == "allow" else finite(self.spoiled, not_finite)
         self._digests: dict[str, str] = {}
+        self._sums: dict[str, str] = {}
         self._worker = ThreadPoolExecutor(1)
         self._pending: Future | None = None
         self._progress: Callable[[int], None] = lambda done: None
@@ -125,7 +125,7 @@ class Examiner:
 
     def watch(self, what: str, total: int, progress: Progress | None) -> None:
         """Begin to count from 0, and to forget."""
-        self._done, self._digests = 0, {}
+        self._done, self._digests, self._sums = 0, {}, {}
         self.spoiled.clear()
         self._progress = (lambda done: None) if progress is None else (lambda done: progress(what, done, total))
 
@@ -139,6 +139,16 @@ class Examiner:
         self._done += size
         self._progress(self._done)
 
+    def sum(self, path: rules.Path, leaf: np.ndarray) -> np.ndarray:
+        """Sum a parameter while it is written."""
+        self._settle()
+        self._pending = self._worker.submit(self._sum, ".".join(path), leaf)
+        return leaf
+
+    def sums(self) -> dict[str, str]:
+        self._settle()
+        return dict(sorted(self._sums.items()))
+
     def digests(self) -> dict[str, str]:
         self._settle()
         return dict(sorted(self._digests.items()))
@@ -148,8 +158,11 @@ class Examiner:
             self._pending.result()
             self._pending = None
 
+    def _sum(self, name: str, leaf: np.ndarray) -> None:
+        self._sums[name] = sum_bytes(leaf)
+
     def _look(self, name: str, tensor: np.ndarray) -> None:
-        self._digests[name] = hashlib.sha256(tensor.reshape(-1).view(np.uint8)).hexdigest()
+        self._digests[name] = sum_bytes(tensor)
         if self._finite is not None:
             self._finite(name, tensor)
         kind = self.narrowed_to.get(name, tensor.dtype)
@@ -196,15 +209,3 @@ def _have_room(out: Path, need: int) -> None:
     have = shutil.disk_usage(parent).free
     if need > have:
         raise CheckpointError(f"{out}: needs {need / 1e9:.1f} GB, the disk has {have / 1e9:.1f} GB left")
-
-
-@contextmanager
-def _disk_full_told(out: Path) -> Iterator[None]:
-    """A full disk as one kind of error, whichever library met it."""
-    try:
-        yield
-    except Exception as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "[ENOSPC]" in str(error) or "No space left" in str(error)
-        if full and not isinstance(error, CheckpointError):
-            raise CheckpointError(f"{out}: the disk is full; nothing was left there") from error
-        raise

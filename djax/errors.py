@@ -4,7 +4,10 @@ Each message names the argument, what was expected, what came and what would wor
 those about a value are `ValueError` too, so callers that know nothing of djax still catch them.
 """
 
+from collections.abc import Sequence
 from typing import Any
+
+MOST_PROBLEMS, MOST_CHARACTERS = 10, 300
 
 
 class DjaxError(Exception):
@@ -64,3 +67,15 @@ class VerifierError(DjaxError, RuntimeError):
 
 class TrainingError(DjaxError, RuntimeError):
     """A training cannot go on: the loss is not finite, or the disk is full. The last good checkpoint is kept."""
+
+
+def shorten(text: str, most: int = MOST_CHARACTERS) -> str:
+    """Text from a file or a caller as an error shows it: of any length, so only its first characters."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
+
+
+def list_problems(problems: Sequence[str], separator: str = "\n  ") -> str:
+    """The first ten problems, and how many more there are. Each may hold two values that are shortened already."""
+    more = len(problems) - MOST_PROBLEMS
+    shown = [shorten(problem, 3 * MOST_CHARACTERS) for problem in problems[:MOST_PROBLEMS]]
+    return separator.join([*shown, f"and {more} more"] if more > 0 else shown)

@@ -10,6 +10,9 @@ from typing import Any
 
 from djax.errors import OptionError
 
+# Levels of a JSON value. What is parsed is written, compared and printed later, each time by a recursion that has a limit.
+_DEEPEST = 100
+
 
 def write(file: str | os.PathLike, data: str | bytes, mode: int = 0o666) -> None:
     """Replace a file atomically: a killed process or a full disk leaves the old file or the new one, and nothing else.
@@ -56,12 +59,26 @@ def decode(data: bytes) -> str:
     return data.decode("utf-8-sig")
 
 
-def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+def parse_json(
+    text: str,
+    pairs: Callable[[list[tuple[str, Any]]], Any] | None = None,
+    integer: Callable[[str], Any] | None = None,
+) -> Any:
     """A JSON value. Raises `ValueError` for anything else, also for one nested too deep, which json itself does not.
 
-    pairs: json's `object_pairs_hook`.
+    pairs, integer: json's `object_pairs_hook` and `parse_int`.
     """
     try:
-        return json.loads(text, object_pairs_hook=pairs)
+        value = json.loads(text, object_pairs_hook=pairs, parse_int=integer)
     except RecursionError:
         raise ValueError("nested too deep") from None
+    inner = [value] if _nests(value) else []
+    for _ in range(_DEEPEST):
+        inner = [x for outer in inner for x in (outer.values() if isinstance(outer, dict) else outer) if _nests(x)]
+        if not inner:
+            return value
+    raise ValueError("nested too deep")
+
+
+def _nests(value: Any) -> bool:
+    return isinstance(value, dict | list)

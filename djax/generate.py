@@ -66,6 +66,14 @@ class Generation:
     def tokens_per_forward(self) -> float:
         return len(self.tokens) / self.forwards
 
+    @property
+    def finish_reason(self) -> str:
+        """ "stop" if the answer ended at an EOS, "length" if it is as long as the canvas allows.
+
+        Says nothing of an answer that still holds masks, which only a `TripCapError` has.
+        """
+        return "stop" if len(self.tokens) < len(self.canvas) - self.prompt_length else "length"
+
 
 @with_own_settings
 def generate(

@@ -1,11 +1,13 @@
 """A checkpoint as it lies on disk, HF's or ours: what it is, and its parameters one at a time on the host."""
 
+import dataclasses
+import hashlib
 import math
 import os
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -18,9 +20,11 @@ import numpy as np
 from flax import traverse_util
 
 from djax import text
+from djax.checkpoint_files import check_tree, is_there, read_object
+from djax.consistency import check_dtypes, check_generation_config, check_manifest
 from djax.convert import TABLES, orbax_files, rules
-from djax.convert.safetensors_files import READ, TensorFiles, inside, read_json
-from djax.errors import CheckpointError, OptionError, PathError, UnsupportedModelError
+from djax.convert.safetensors_files import INDEX, READ, SINGLE, TensorFiles
+from djax.errors import CheckpointError, OptionError, PathError, UnsupportedModelError, list_problems, shorten
 from djax.files import expand_home
 from djax.models import FAMILIES
 from djax.sharding import find_devices
@@ -51,17 +55,19 @@ class Source:
     order: the parameters' paths, in the order in which they are best read.
     """
 
-    def __init__(self, directory: Path, dtype: str | None, examine: Examine | None) -> None:
-        self.directory, self._wish, self._examine = directory, dtype, examine
+    def __init__(self, directory: Path, dtype: str | None, examine: Examine | None, verify: bool = False) -> None:
+        self.directory, self._wish, self._examine, self._verify = directory, dtype, examine, verify
         self.family, self.config, self.hf_config, self.tokenizer = describe(directory)
         self._files: TensorFiles | None = None
         self.sha256: dict[str, str] = {}
-        if (directory / MANIFEST).is_file():
-            manifest = read_manifest(directory)
-            self.layout, self.stored, self.sha256 = "Orbax", manifest["stored"], manifest.get("sha256", {})
-            self.dtype = DTYPES[dtype or manifest["dtype"]]
-            self.saved = shapes(self.family, self.config, DTYPES[manifest["dtype"]])
-            self.order = list(self.saved)
+        manifest = read_manifest(directory)
+        if verify and manifest is None:
+            raise OptionError(
+                f"verify: expected a directory that `djax convert` or `djax.save` wrote, which holds SHA-256 sums; "
+                f"{directory} is in HF's layout, which has none"
+            )
+        if manifest is not None:
+            self._open_orbax(manifest)
         else:
             self._files = TensorFiles(directory)
             try:
@@ -71,6 +77,80 @@ class Source:
                 raise
         self.shapes = shapes(self.family, self.config, self.dtype)
 
+    def _open_orbax(self, manifest: Mapping[str, Any]) -> None:
+        directory, config = self.directory, self.config
+        self.layout, self.stored, self.sha256 = "Orbax", manifest["stored"], manifest.get("sha256", {})
+        self._sums: dict[str, str] = manifest.get("parameters", {})
+        check_manifest(directory, manifest, name_of(self.family), dataclasses.asdict(config))
+        self.dtype = DTYPES[self._wish or manifest["dtype"]]
+        if not is_there(directory, ORBAX):
+            raise PathError(f"{directory / ORBAX}: the Orbax checkpoint cannot be restored: it is not there")
+        check_tree(directory, ORBAX)
+        with self._orbax_errors():
+            there = orbax_files.describe(directory / ORBAX)
+        # Before anything is made from the config's numbers.
+        if config.layers > len(there):
+            raise CheckpointError(f"{directory}: config.json says {config.layers} layers, there are {len(there)} parameters")
+        self.saved = shapes(self.family, config, DTYPES[manifest["dtype"]])
+        self.order = list(self.saved)
+        # Orbax itself reads arrays of another shape, and casts those of another dtype.
+        wanted = {path: (leaf.shape, np.dtype(leaf.dtype)) for path, leaf in self.saved.items()}
+        wrong = [
+            f"{'.'.join(path)}: there is {_kind(there.get(path))}, config.json and {MANIFEST} ask for {_kind(wanted.get(path))}"
+            for path in sorted({*there, *wanted})
+            if there.get(path) != wanted.get(path)
+        ]
+        if wrong:
+            raise CheckpointError(f"{directory}: {len(wrong)} problems with the parameters:\n  {list_problems(wrong)}")
+        if self._verify:
+            self._check_sums()
+
+    @contextmanager
+    def _orbax_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax raises many kinds for a damaged directory; all mean the same to a user
+            reason = shorten(str(error))
+            raise CheckpointError(f"{self.directory}: the Orbax checkpoint cannot be restored: {reason}") from error
+
+    def _check_sums(self) -> None:
+        """Whether there is a sum for each parameter; older versions of djax noted only those of HF's tensors."""
+        file = self.directory / MANIFEST
+        if self._sums:
+            missing = [".".join(path) for path in self.order if ".".join(path) not in self._sums]
+            if missing:
+                raise CheckpointError(f"{file}: has no SHA-256 sum for {list_problems(missing, ', ')}; convert it again")
+            return
+        tables = [t for t in layouts(self.family, self.config).values() if {r.source for r in t} == self.sha256.keys()]
+        if not tables:
+            raise CheckpointError(
+                f"{file}: holds no SHA-256 sums of these parameters, so nothing can be verified; convert it again"
+            )
+        for rule in tables[0]:
+            was, leaf = READ.get(self.stored.get(rule.source, "")), self.saved[rule.target]
+            if was is None or np.promote_types(was, leaf.dtype) != leaf.dtype:
+                raise CheckpointError(
+                    f"{file}: holds the SHA-256 sums of HF's tensors alone, and {rule.source} was narrowed when it was "
+                    "converted, so nothing can be verified; convert it again"
+                )
+        self._parts = defaultdict(list)
+        for rule in tables[0]:
+            self._parts[rule.target].append(rule)
+
+    def _verify_leaf(self, path: rules.Path, leaf: np.ndarray) -> None:
+        name = ".".join(path)
+        if self._sums:
+            sums = {name: (self._sums[name], sum_bytes(leaf))}
+        else:
+            tensors = rules.unload(self._parts[path], lambda _: leaf)
+            sums = {n: (self.sha256[n], sum_bytes(t.astype(READ[self.stored[n]], copy=False))) for n, t in tensors}
+        for of, (expected, found) in sums.items():
+            if found != expected:
+                raise CheckpointError(
+                    f"{self.directory}: {of} is damaged: its SHA-256 is {found}, {MANIFEST} says {expected}; "
+                    "copy or convert it again"
+                )
+
     def _open_hf(self, files: TensorFiles) -> None:
         self.stored = {name: kind for name, (_, kind) in files.found.items()}
         # Before anything is made from the config's numbers.
@@ -78,6 +158,10 @@ class Source:
             raise CheckpointError(
                 f"{self.directory}: config.json says {self.config.layers} layers, there are {len(files.found)} tensors"
             )
+        # An expert has tensors of its own, or a row of one.
+        experts = getattr(self.config, "experts", 1)
+        if experts > max([len(files.found), *(shape[0] for shape, _ in files.found.values() if shape)]):
+            raise CheckpointError(f"{self.directory}: config.json says {experts} experts, the tensors have fewer")
         table = match(self.family, self.config, files)
         self.layout = (
             f"HF, {len({rule.source for rule in table})} tensors, stored as {', '.join(sorted(set(self.stored.values())))}"
@@ -100,7 +184,11 @@ class Source:
         leaf = self.shapes[path]
         if self._files is None:
             saved = self.saved[path]
-            return orbax_files.read(self.directory / ORBAX, path, saved.shape, saved.dtype).astype(leaf.dtype, copy=False)
+            with self._orbax_errors():
+                found = orbax_files.read(self.directory / ORBAX, path, saved.shape, saved.dtype)
+            if self._verify:
+                self._verify_leaf(path, found)
+            return found.astype(leaf.dtype, copy=False)
         return rules.load(self._parts[path], leaf.shape, leaf.dtype, self._read)
 
     def _read(self, name: str) -> np.ndarray:
@@ -114,15 +202,27 @@ class Source:
             self._files.close()
 
 
+def _kind(kind: tuple[tuple[int, ...], np.dtype] | None) -> str:
+    return "nothing" if kind is None else f"{kind[1]} {list(kind[0])}"
+
+
+def sum_bytes(array: np.ndarray) -> str:
+    """SHA-256 of an array's values, in hexadecimal."""
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
+
+
 @contextmanager
-def opened(path: str | os.PathLike | None, dtype: str | None = None, examine: Examine | None = None) -> Iterator[Source]:
-    """The checkpoint at a path, or the small model's. examine: called with each HF tensor as it is read, whole.
+def opened(
+    path: str | os.PathLike | None, dtype: str | None = None, examine: Examine | None = None, verify: bool = False
+) -> Iterator[Source]:
+    """The checkpoint at a path, or the small model's. examine: called with each HF tensor as it is read, whole. verify: each
+    parameter is compared with its SHA-256 sum as it is read.
 
     Raises `PathError`, `CheckpointError` (with all that is wrong), `UnsupportedModelError`, or
     `OptionError` if jax has no devices.
     """
     find_devices()  # also shapes are traced on one: before anything is fetched
-    source = Source(find(path), dtype, examine)
+    source = Source(find(path), dtype, examine, verify)
     try:
         yield source
     finally:
@@ -133,14 +233,16 @@ def find(path: str | os.PathLike | None) -> Path:
     """The directory of a checkpoint: as it is, or fetched from the hub. Raises `PathError`."""
     try:
         directory = SHIPPED if path is None else expand_home(path)
-    except OptionError as error:
-        raise PathError(str(error)) from None
-    if not directory.exists():
-        directory = NAMED.get(str(path), directory)
-    if not directory.exists() and _HUB_ID.fullmatch(str(path)):
+        is_entry = os.path.lexists(directory)
+        if not is_entry:
+            directory = NAMED.get(str(path), directory)
+        is_entry, is_directory = directory.exists(), directory.is_dir()
+    except (OSError, ValueError, RuntimeError, TypeError) as error:  # names no file can have, a ~ without a home, no path
+        raise PathError(f"{shorten(repr(path))}: expected the path of a checkpoint directory: {error}") from error
+    if not is_entry and _HUB_ID.fullmatch(str(path)):
         return _fetch(str(path))
-    if not directory.is_dir():
-        what = "is a file" if directory.exists() else "does not exist"
+    if not is_directory:
+        what = "is a file" if is_entry else "does not exist"
         raise PathError(f"{directory}: expected a checkpoint directory, this {what}")
     return directory
 
@@ -185,12 +287,9 @@ def _in_a_line(error: BaseException) -> str:
 def describe(directory: Path) -> tuple[ModuleType, Any, dict, Any]:
     """Family, config, config.json and tokenizer of a checkpoint, HF's or ours."""
     file = directory / "config.json"
-    if not file.is_file():
+    hf = read_object(directory, "config.json")
+    if hf is None:
         raise PathError(f"{directory}: expected a checkpoint with a config.json, there is none")
-    inside(directory, file)
-    hf = read_json(file)
-    if not isinstance(hf, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, got {type(hf).__name__}")
     # Not by model_type: LLaDA and LLaDA-MoE share one.
     architectures = hf.get("architectures") or []
     if not isinstance(architectures, list):
@@ -199,34 +298,26 @@ def describe(directory: Path) -> tuple[ModuleType, Any, dict, Any]:
     if not names:
         known = "; ".join(f"{n} ({', '.join(family.ARCHITECTURES)})" for n, family in FAMILIES.items())
         raise UnsupportedModelError(
-            f"{file}: unknown model family, architectures={architectures}, model_type={hf.get('model_type')!r}; "
-            f"djax knows {known}"
+            f"{file}: unknown model family, architectures={shorten(repr(architectures))}, "
+            f"model_type={shorten(repr(hf.get('model_type')))}; djax knows {known}"
         )
+    if len(names) > 1:
+        raise CheckpointError(f"{file}: architectures={architectures} are of {' and '.join(names)}; correct the wrong one")
     family = FAMILIES[names[0]]
     tokenizer = text.load_tokenizer(directory)
-    generation = _generation_config(directory)
+    # Only its token ids are of interest: djax takes its settings from the caller.
+    generation = read_object(directory, GENERATION) or {}
+    check_dtypes(directory, hf)
     mask_id, eos_ids, named = _special_ids(hf, generation, tokenizer, family, directory)
     config = family.Config.from_hf(hf, mask_id=mask_id, eos_id=eos_ids[0], more_eos_ids=eos_ids[1:])
     _check_ids(mask_id, eos_ids, named, config.vocab, directory)
+    check_generation_config(directory, hf)
     if GENERATION in named["eos"] and eos_ids != named["eos"].get(CONFIG):
         # What is saved or exported has no generation_config.json: its config.json names all of them.
         hf = hf | {"eos_token_id": eos_ids[0] if len(eos_ids) == 1 else list(eos_ids)}
     if tokenizer is not None and len(tokenizer) > config.vocab:
         raise CheckpointError(f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.vocab}")
     return family, config, hf, tokenizer
-
-
-def _generation_config(directory: Path) -> dict:
-    """generation_config.json, empty if there is none. Only its token ids are of interest: djax takes its settings from the
-    caller."""
-    file = directory / GENERATION
-    if not file.is_file():
-        return {}
-    inside(directory, file)
-    found = read_json(file)
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, got {type(found).__name__}")
-    return found
 
 
 Named = dict[str, dict[str, tuple[int, ...]]]
@@ -327,8 +418,13 @@ def parameter_dtype(hf: dict, stored: dict[str, str], wish: str | None) -> Any:
 
 def match(family: ModuleType, config: Any, files: TensorFiles) -> list[rules.Rule]:
     """The rule table of the layout the files are in, checked strictly."""
+
+    def count_known(table: list[rules.Rule]) -> int:
+        wanted = {rule.source for rule in table}
+        return len(set(rules.undo_prefix(files.found, wanted)[0].values()) & wanted)
+
     # The layout whose names match best; whatever does not match it is reported against it.
-    table = max(layouts(family, config).values(), key=lambda t: len(files.found.keys() & {r.source for r in t}))
+    table = max(layouts(family, config).values(), key=count_known)
     rules.check(files.found, table, {path: leaf.shape for path, leaf in shapes(family, config, jnp.float32).items()})
     return table
 
@@ -367,10 +463,29 @@ def kinds(
     return {rule.source: (rule.shape, kind(rule)) for rule in layouts(family, config)["hf"]}
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """dtype: of the saved parameters. stored, sha256: of the HF tensors they were made from, by name."""
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The facts about an Orbax directory; None if this is none.
+
+    dtype: of the saved parameters. stored, sha256: of the HF tensors they were made from, by name. parameters: SHA-256 of each
+    parameter as it is saved, by its path's parts with dots. Raises `CheckpointError`, also for HF's weights next to it.
+    """
     file = directory / MANIFEST
-    manifest = read_json(file)
-    if isinstance(manifest, dict) and manifest.get("dtype") in DTYPES and isinstance(manifest.get("stored"), dict):
-        return manifest
-    raise CheckpointError(f"{file}: not a manifest that djax wrote; convert the checkpoint again")
+    manifest = read_object(directory, MANIFEST)
+    if manifest is None:
+        return None
+
+    def names(key: str, default: Any = None) -> bool:
+        value = manifest.get(key, default)
+        return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+    dtype = manifest.get("dtype")
+    known = isinstance(dtype, str) and dtype in DTYPES
+    if not known or not names("stored") or not names("sha256", {}) or not names("parameters", {}):
+        raise CheckpointError(f"{file}: not a manifest that djax wrote; convert the checkpoint again")
+    weights = [name for name in (SINGLE, INDEX) if is_there(directory, name)]
+    if weights:
+        raise CheckpointError(
+            f"{directory}: {MANIFEST}, of an Orbax checkpoint, and {' and '.join(weights)} are both there; if the Orbax "
+            f"checkpoint has the weights you want, remove {weights[0]}, if not, remove {MANIFEST} and {ORBAX}"
+        )
+    return manifest

@@ -1,29 +1,30 @@
 """Prompts to tokens and tokens to text: the tokenizer, the chat template, and what counts as one prompt."""
 
-import os
-from collections.abc import Collection, Mapping
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from djax.checks import show
-from djax.errors import CheckpointError, PromptError
+from djax.checks import describe, show
+from djax.errors import CheckpointError, DjaxError, PromptError
 from djax.prompts import read
+from djax.tokenizer_files import read_tokenizer
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The HF fast tokenizer of a checkpoint directory, None if it has none. No code of the checkpoint is run."""
-    if not (directory / "tokenizer.json").is_file():
-        return None
-    # transformers advises at import that torch is missing; djax uses its tokenizers alone.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import PreTrainedTokenizerFast
+    """The HF fast tokenizer of a checkpoint directory, None if it has none. No code of the checkpoint is run.
 
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
-    except Exception as error:  # the tokenizer library raises bare Exception for a malformed file
-        raise CheckpointError(f"{directory}: tokenizer.json cannot be read: {error}") from error
+    Raises `CheckpointError` for files that are damaged, contradict each other, or are links out of the directory, and for a
+    chat template that does not parse.
+    """
+    tokenizer = read_tokenizer(directory)
+    if tokenizer is not None:
+        from djax import chat_template  # here, since it imports jinja2, which takes long
+
+        chat_template.check_template(tokenizer, str(directory))
+    return tokenizer
 
 
 def encode(tokenizer: Any, prompts: Any, vocab: int, mask_id: int, pads: Collection[int] = ()) -> tuple[list[np.ndarray], bool]:
@@ -38,7 +39,10 @@ def encode(tokenizer: Any, prompts: Any, vocab: int, mask_id: int, pads: Collect
 
 
 def decode(tokenizer: Any, tokens: np.ndarray) -> str | None:
-    return None if tokenizer is None else tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+    if tokenizer is None:
+        return None
+    with _failures_named("this checkpoint's tokenizer fails on the answer's tokens", CheckpointError):
+        return tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
 
 
 def _one(tokenizer: Any, prompt: Any) -> np.ndarray:
@@ -47,24 +51,37 @@ def _one(tokenizer: Any, prompt: Any) -> np.ndarray:
         return _ids(prompt)
     if tokenizer is None:
         raise PromptError("prompts: this checkpoint has no tokenizer.json, so text has no meaning to it; pass token ids")
+    from djax import chat_template
+
     if isinstance(prompt, str):
         if not prompt.strip():
             raise PromptError("prompts: expected some text, got an empty prompt")
+        if len(prompt) > chat_template.LONGEST:
+            most = f"at most {chat_template.LONGEST:,} characters of text"
+            raise PromptError(f"prompts: expected {most}, got {len(prompt):,}")
         _encodable(prompt)
         if not tokenizer.chat_template:
-            return _ids(tokenizer(prompt)["input_ids"])
+            return _tokenize(tokenizer, prompt)
         prompt = [{"role": "user", "content": prompt}]
-    for message in prompt:
-        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise PromptError(f"prompts: expected chat messages with the strings 'role' and 'content', got {show(message)}")
-        if message["role"] not in ("system", "user", "assistant"):
-            raise PromptError(f"prompts: expected role system, user or assistant, got {show(message['role'])}")
-        _encodable(message["content"])
-    if not prompt[-1]["content"].strip():
-        raise PromptError("prompts: expected some text, got an empty last message")
-    if not tokenizer.chat_template:
-        raise PromptError("prompts: this checkpoint's tokenizer has no chat template; pass a string or token ids")
-    return _ids(tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True)["input_ids"])
+    rendered = chat_template.render_chat(tokenizer, prompt)
+    _encodable(rendered)
+    return _tokenize(tokenizer, rendered, add_special_tokens=False)
+
+
+def _tokenize(tokenizer: Any, prompt: str, **options: Any) -> np.ndarray:
+    with _failures_named("prompts: this checkpoint's tokenizer fails on the text", PromptError):
+        return _ids(tokenizer(prompt, **options)["input_ids"])
+
+
+@contextlib.contextmanager
+def _failures_named(what: str, kind: type[DjaxError]) -> Iterator[None]:
+    """Raise `kind` for what the tokenizers library raises: bare Exceptions, and panics, which are BaseExceptions."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__qualname__ != "PanicException":
+            raise
+        raise kind(f"{what}: {describe(error)}") from error
 
 
 def _encodable(prompt: str) -> None:

@@ -32,18 +32,18 @@ def same_masks(recipe, mesh):
 def stopped_and_resumed(model, recipe, whole):
     """A restart on the same devices gives the same bits: also where each lies is restored."""
     with tempfile.TemporaryDirectory() as directory:
-        append = trainer._append
+        append = trainer.append
 
         def stop(file, entry):
             append(file, entry)
             if entry["step"] == 8:
                 raise InterruptedError
 
-        trainer._append = stop
+        trainer.append = stop
         try:
             distill.train(model, trajectories(), recipe, directory)
         except InterruptedError:
-            trainer._append = append
+            trainer.append = append
         again = distill.train(model, trajectories(), recipe, directory)
     for a, b in zip(jax.tree.leaves(again.params), jax.tree.leaves(whole.params), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -1,5 +1,6 @@
 """Checkpoints: strict reading, bit-equal export, the layouts, Orbax, and what happens to damaged ones."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -155,6 +156,57 @@ def test_all_problems_are_reported_at_once(copy):
         assert line in str(error.value)
 
 
+def lacks(prefix):
+    return lambda name: name.removeprefix(prefix)
+
+
+@pytest.mark.parametrize(
+    ("rename", "message"),
+    [
+        (lambda name: f"module.{name}", "102 of 102 tensors' names begin with 'module.', which is no part of them"),
+        (
+            lambda name: f"_orig_mod.{name}",
+            "names begin with '_orig_mod.'.*remove '_orig_mod.' from the names, or save the state",
+        ),
+        (lambda name: f"model.{name}", "102 of 102 tensors' names begin with 'model.'"),
+        (lambda name: f"module._orig_mod.{name}", "begin with 'module._orig_mod.'"),
+        (lambda name: f"base_model.model.{name}", "begin with 'base_model.model.'"),
+        (lambda name: f"module.{name}" if "layers" in name else name, "99 of 102 tensors' names begin with 'module.'"),
+        (lacks("model."), "101 of 102 tensors' names lack 'model.' at their beginning .*; put 'model.' before them"),
+        (lambda name: name.replace("layers.", "layers._fsdp_wrapped_module."), "have parts that wrappers of torch add"),
+    ],
+)
+def test_a_prefix_is_one_problem(copy, rename, message):
+    save_file({rename(name): t for name, t in tensors(copy).items()}, copy / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"1 problems with the checkpoint's tensors:\n  names: .*{message}") as error:
+        djax.load(copy)
+    assert str(error.value).count("\n") == 1
+
+
+def test_a_prefix_hides_no_other_problem(copy):
+    broken = tensors(copy)
+    del broken["model.norm.weight"]
+    broken["lm_head.weight"] = broken["lm_head.weight"][:, :10].copy()
+    save_file({f"module.{name}": t for name, t in broken.items()} | {"more": np.zeros(3)}, copy / "model.safetensors")
+    with pytest.raises(CheckpointError) as error:
+        djax.load(copy)
+    lines = str(error.value).split("\n")
+    assert [line.split()[0] for line in lines] == ["4", "names:", "missing:", "shape:", "unexpected:"]
+    assert "missing: model.norm.weight" in lines[2] and "shape: lm_head.weight" in lines[3]
+
+
+def test_a_long_list_of_problems_is_cut(copy):
+    save_file({f"{n}{'x' * 2000}": np.zeros(1, np.float32) for n in range(200)}, copy / "model.safetensors")
+    with pytest.raises(CheckpointError, match="302 problems") as error:
+        djax.load(copy)
+    lines = str(error.value).split("\n")
+    assert len(lines) == 12 and lines[-1] == "  and 292 more" and max(map(len, lines)) < 1000
+    edit(copy, **{key: None for key in json.loads((copy / "config.json").read_text()) if key != "architectures"})
+    with pytest.raises(UnsupportedModelError) as error:
+        djax.load(copy)
+    assert len(str(error.value)) < 5000
+
+
 @pytest.mark.parametrize("keep", [0, 5, 1000, -1])
 def test_truncated_safetensors(copy, keep):
     file = copy / "model.safetensors"
@@ -211,6 +263,20 @@ def edit(directory, **changes):
         ({"mask_token_id": "absent"}, CheckpointError, "the mask token id 156895 is outside the vocabulary of 320"),
         ({"mask_token_id": "x"}, CheckpointError, "mask_token_id: expected one integer, got 'x'"),
         ({"num_hidden_layers": 2}, CheckpointError, "unexpected: model.layers.2"),
+        (
+            {"vocab_size": 2**31},
+            UnsupportedModelError,
+            r"vocab_size=2147483648 \(expected: a positive whole number up to 10737",
+        ),
+        ({"hidden_size": 2**52}, UnsupportedModelError, r"hidden_size=4503599627370496 \(expected: a positive whole number up"),
+        ({"max_position_embeddings": 2**40}, UnsupportedModelError, r"max_position_embeddings=1099511627776 \(expected"),
+        (
+            {"hidden_size": 2**30, "vocab_size": 2**30},
+            UnsupportedModelError,
+            r"a parameter of shape \[1073741824, 1073741824\]",
+        ),
+        ({"num_experts": 10**6, "num_hidden_layers": 1}, CheckpointError, "says 1000000 experts, the tensors have fewer"),
+        ({"hidden_size": "x" * 10**6}, UnsupportedModelError, r"hidden_size='xxx.*\.\.\. \(1000002 characters\)"),
     ],
 )
 def test_configs(copy, changes, kind, message, capsys):
@@ -219,6 +285,25 @@ def test_configs(copy, changes, kind, message, capsys):
         djax.load(copy)
     if changes == {"mask_token_id": "absent"}:
         assert "names no mask token; using the family's default, id 156895" in capsys.readouterr().err
+
+
+STRANGE = [0, -1, 2**31, 2**52, 10**400, 0.5, 1e308, float("nan"), float("inf"), True, False, "", "4", [], [0], {}, {"a": 1}]
+
+
+@pytest.mark.parametrize("name", ["moe_a", "dense", "llada2"])
+def test_every_number_of_a_config(name):
+    """Of every kind that JSON has, in place of each: a config of numbers, or the error that names it."""
+    hf = json.loads((GOLDENS / name / "config.json").read_text())
+    family = djax.load(GOLDENS / name).family
+    for key in [*hf, "rope_parameters", "n_kv_heads", "mlp_ratio", "partial_rotary_factor", "n_group", "topk_group"]:
+        for value in STRANGE:
+            try:
+                config = family.Config.from_hf(hf | {key: value}, mask_id=1, eos_id=0)
+            except UnsupportedModelError as error:
+                assert len(str(error)) < 2000
+            else:
+                numbers = [n for n in dataclasses.astuple(config) if not isinstance(n, bool | tuple)]
+                assert all(isinstance(n, int | float) and 0 <= n < 2**53 for n in numbers), (key, value)
 
 
 def test_rotary_settings_in_a_table_of_their_own(copy, moe_a):

@@ -4,12 +4,17 @@ import contextvars
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from conftest import GOLDENS
 
+from djax import generate
 from djax.cli import main
 
 QUESTION = "Anna has 12 pens. She buys 7 more. She gives 4 to Tom. How many pens does Anna have now?"
@@ -127,6 +132,202 @@ def inside(capsys):
         return code, *capsys.readouterr()
 
     return run
+
+
+SHORT = ("--gen-length", "8", "--block-length", "8", "--decoder", "Fixed(8)")
+
+
+def test_lines_end_at_newlines_and_keep_their_numbers(inside, tmp_path):
+    """A line separator, a next line and a form feed stand inside of questions; a byte order mark is no part of the first."""
+    questions = ["one\u2028two", "three\u0085four", "five\x0csix\x1c", "seven \rx"]
+    text = "\r\n".join([questions[0], "", questions[1], "  ", *questions[2:]]) + "\n"
+    (tmp_path / "q").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    code, out, error = inside(
+        "generate", "--file", tmp_path / "q", "--lines", "--json", "--seed", "7", "--max-batch", "2", *SHORT
+    )
+    assert code == 0, error
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [(line["index"], line["prompt"]) for line in lines] == list(zip((0, 2, 4, 5), questions, strict=True))
+    assert {line["seed"] for line in lines} == {7}
+    for line in lines:
+        assert line["finish_reason"] == ("length" if len(line["tokens"]) == 8 else "stop")
+    (tmp_path / "plain").write_text(questions[1])
+    code, out, error = inside("generate", "--file", tmp_path / "plain", "--json", "--seed", "7", *SHORT)
+    (alone,) = map(json.loads, out.splitlines())
+    for name in ("prompt", "tokens", "prompt_tokens", "forwards"):
+        assert alone[name] == lines[1][name]
+    timed = [{"compile_seconds", "decode_seconds"} & set(line) for line in lines]
+    assert [len(names) for names in timed] == [2, 0, 2, 0], "once a batch, so that sums are right"
+    assert all(round(line[name], 3) == line[name] for line, names in zip(lines, timed, strict=True) for name in names)
+
+
+def test_why_an_answer_ends(small):
+    whole = tuple(generate(small, QUESTION, gen_length=length).finish_reason for length in (128, 8))
+    assert whole == ("stop", "length")
+
+
+@pytest.mark.parametrize("arguments", [(), ("--lines",)])
+def test_a_byte_order_mark_changes_no_answer(inside, tmp_path, arguments):
+    told = []
+    for n, mark in enumerate((b"", b"\xef\xbb\xbf")):
+        (tmp_path / str(n)).write_bytes(mark + QUESTION.encode())
+        code, out, error = inside("generate", "--file", tmp_path / str(n), *arguments, "--json", *SHORT)
+        assert code == 0, error
+        told.append({k: v for k, v in json.loads(out).items() if not k.endswith("seconds")})
+    assert told[0] == told[1]
+    (tmp_path / "wide").write_bytes(QUESTION.encode("utf-16"))
+    code, out, error = inside("generate", "--file", tmp_path / "wide")
+    assert (code, out) == (2, "") and "cannot be read as UTF-8" in error
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"PYTHONIOENCODING": "cp1252"},
+        {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"},
+    ],
+    ids=lambda e: next(iter(e.values())),
+)
+def test_output_that_is_not_utf8(environment):
+    question = "Größe 東京 🙂: " + QUESTION
+    commands = [
+        (("generate", question, *SHORT, "--show", "--gen-length", "16"), 0, b"+8 tokens"),
+        (("generate", question, "--decoder", "東"), 2, b"--decoder: "),
+        (("generate", question, *SHORT, "--json"), 0, b'"prompt": "Gr\\u00f6\\u00dfe \\u6771'),
+        (("explain", question), 0, b"canvas"),
+        (("generate", "--help"), 0, b"--gen-length"),
+        (("generate", question, "--東"), 2, b"--"),
+    ]
+    for arguments, code, said in commands if "PYTHONUTF8" in environment else commands[:2]:
+        command = [sys.executable, "-m", "djax.cli", *arguments]
+        env = {**os.environ, "COLUMNS": "200", **environment}
+        done = subprocess.run(command, capture_output=True, cwd="/", env=env)
+        assert done.returncode == code, done.stderr
+        assert b"Traceback" not in done.stderr
+        assert said in (done.stderr if code else done.stdout)
+
+
+@pytest.mark.parametrize("arguments", [("generate", "--help"), ("info",)])
+def test_whoever_reads_the_output_may_stop(arguments):
+    command = f"{sys.executable} -m djax.cli {' '.join(arguments)}"
+    for shell, codes in (
+        (f"{command} | head -1", {0}),
+        (f"set -o pipefail; {command} | true", {0, 141}),
+        (f"{command} >&-", {0}),
+        (f"{command} 2>&-", {0}),
+        (f"{command} > /dev/full", {2}),
+    ):
+        done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, cwd="/", env=os.environ)
+        assert done.returncode in codes, (shell, done.stderr)
+        full = "djax: standard output cannot be written: No space left on device"
+        assert done.stderr.strip().replace("\n", " ") == (full if "full" in shell else ""), shell
+
+
+def test_a_closed_standard_input_is_said():
+    shell = f"{sys.executable} -m djax.cli generate - <&-"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, cwd="/", env=os.environ)
+    assert done.returncode == 2
+    assert done.stderr == "djax: the question cannot be read: standard input is closed\n"
+
+
+def start(*arguments, **environment):
+    """The command, on its way: past what an interpreter does before any code of djax runs."""
+    command = [sys.executable, "-m", "djax.cli", *map(str, arguments)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/")
+    process = subprocess.Popen(command, **pipes, env={**os.environ, **environment})
+    maps = Path(f"/proc/{process.pid}/maps")
+    while process.poll() is None and "jaxlib" not in maps.read_text():
+        time.sleep(0.001)
+    return process
+
+
+def ended(process):
+    """Whether it was interrupted, rather than coming to its end. Fails for anything else, and for more than a line."""
+    _, error = process.communicate(timeout=60)
+    if process.returncode == 0:
+        return False
+    # By the signal itself where the interpreter was about to be gone.
+    assert (process.returncode, error) in ((130, "djax: interrupted\n"), (-signal.SIGINT, "")), (process.returncode, error)
+    return True
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="moments are told by /proc")
+@pytest.mark.parametrize("command", ["generate", "convert"])
+def test_an_interrupt_is_one_line_at_any_moment(tmp_path, command):
+    """While importing, reading, compiling, decoding and writing; every other one comes twice. DJAX_TEST_MOMENTS=40 takes as
+    many. Nothing half-written is left."""
+    given = {"generate": (QUESTION, "--cache", "Dual()"), "convert": (GOLDENS / "moe_b", tmp_path / "out")}[command]
+    environment = {"DJAX_COMPILE_CACHE": "off", "XLA_FLAGS": ""}
+    process = start(command, *given, **environment)
+    began = time.monotonic()
+    assert not ended(process)
+    seconds = time.monotonic() - began
+    moments, cut = int(os.environ.get("DJAX_TEST_MOMENTS", 3)), 0
+    for n in range(moments):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        process = start(command, *given, **environment)
+        time.sleep((n + 0.5) / moments * seconds)
+        process.send_signal(signal.SIGINT)
+        if n % 2:
+            time.sleep((0.01, 1.2)[n // 2 % 2])
+            process.send_signal(signal.SIGINT)
+        cut += ended(process)
+        assert {p.name for p in tmp_path.iterdir()} <= {"out"}
+    assert cut > moments / 2
+    print(f"{command}: interrupted {cut} of {moments} before their end")
+
+
+def test_an_interrupt_that_a_finalizer_swallows_or_a_library_renames_ends_the_command(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW, "utf-8")
+    for way in ("finalizer", "renamed", "C", "asked to ignore"):
+        process = subprocess.Popen(
+            [sys.executable, tmp_path / "slow.py", way], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert ended(process) == (way != "asked to ignore"), way
+
+
+# The command with something slow in it, whose start it says.
+SLOW = """
+import sys, time
+way, sys.argv = sys.argv[1], ["djax", "info"]
+if way == "asked to ignore":
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+from djax import checkpoint, cli
+
+def wait(seconds=5):
+    print("here", flush=True)
+    until = time.monotonic() + (1 if way == "asked to ignore" else seconds)
+    while time.monotonic() < until:
+        time.sleep(0.01)
+
+class Slow:
+    def __del__(self):
+        wait()
+
+def inspect(path, **options):
+    if way == "finalizer":
+        Slow()
+        wait()
+    elif way == "renamed":
+        try:
+            wait()
+        except BaseException as error:
+            raise RuntimeError("the library failed") from error
+    elif way == "C":
+        import hashlib
+        print("here", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 10**8)  # a minute, in which no handler of Python's runs
+    else:
+        wait()
+    return {"a": 1}
+
+checkpoint.inspect = inspect
+cli.main()
+"""
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ import hashlib
 import json
 import os
 import random
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +24,7 @@ from test_checkpoint import same_params
 
 import djax
 from djax import conversion
+from djax.checkpoint import inspect
 from djax.conversion import convert
 from djax.errors import CheckpointError, OptionError, PathError
 
@@ -172,6 +175,36 @@ def test_a_disk_that_fills_up(tmp_path, monkeypatch):
         subprocess.run(["umount", small], check=True)
 
 
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """A limit that the system sets on each file, which a write meets as it meets a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files that Orbax leaves open when it fails
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("limit", [1000, 100_000])
+@pytest.mark.parametrize("write", ["save", "export_hf", "export_program", "to orbax", "to hf"])
+def test_whatever_is_written_where_there_is_no_room(tmp_path, write, limit, moe_a):
+    """One kind of error for all, and nothing left."""
+    out = tmp_path / "out"
+    writers = {
+        "save": lambda: djax.save(moe_a, out),
+        "export_hf": lambda: djax.export_hf(moe_a, out),
+        "export_program": lambda: djax.export_program(moe_a, out, prompt_length=4, gen_length=8, block_length=8),
+        "to orbax": lambda: convert(GOLDENS / "moe_a", out),
+        "to hf": lambda: convert(GOLDENS / "moe_a", out, to="hf"),
+    }
+    with files_of_at_most(limit), pytest.raises(CheckpointError, match=r"out: .*; nothing was left there"):
+        writers[write]()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_source_that_changes_meanwhile_is_noticed(tmp_path, monkeypatch):
     directory = tmp_path / "source"
     shutil.copytree(GOLDENS / "moe_a", directory)
@@ -263,6 +296,90 @@ def test_killed_at_random_moments(there, tmp_path, to):
         clear()
     print(f"{to}, killed while there was", dict(states))
     assert states["partly written"] > MOMENTS // 5, states
+
+
+def convert_interrupted(*arguments, **options):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        convert(*arguments, **options)
+
+
+@pytest.mark.parametrize("to", ["orbax", "hf"])
+def test_interrupted_at_random_moments(there, tmp_path, to):
+    """Ctrl-C, and a second one soon after: at once, nothing is left, hidden or not."""
+    source, right = there[to]
+    out, rng, states = tmp_path / "out", random.Random(1), Counter()
+    while states.total() < MOMENTS:
+        process = start(convert_interrupted, source, out, to=to)
+        while process.is_alive() and not any(tmp_path.iterdir()):
+            time.sleep(0.001)
+        for wait in (rng.uniform(0, 0.3), rng.uniform(0, 0.02)):
+            time.sleep(wait)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGINT)
+        process.join(60)
+        assert process.exitcode is not None, "it ends"
+        whole = out.exists()
+        states[whole] += 1
+        if whole:
+            assert right(out) and list(tmp_path.iterdir()) == [out]
+            shutil.rmtree(out)
+        assert list(tmp_path.iterdir()) == []
+    assert states[False] > MOMENTS // 5, states
+
+
+def damage(directory):
+    """Flip a bit of a value: the largest file has nothing else in its middle."""
+    file = max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("by", ["convert", "save", "an older convert", "narrowed"])
+def test_damaged_values_are_found_by_their_sums(tmp_path, by, moe_b):
+    out = tmp_path / "out"
+    if by == "save":
+        djax.save(moe_b, out)
+    else:
+        convert(GOLDENS / "moe_b", out, dtype="bfloat16" if by == "narrowed" else None)
+    file = out / "djax.json"
+    if by == "an older convert":  # which noted the sums of HF's tensors alone
+        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "parameters"}))
+    assert bits(djax.load(out, verify=True)) == bits(djax.load(out))
+    for options in ({"dtype": "float32"}, {"quantize": "int8"}, {"mesh": djax.mesh()}):
+        djax.load(out, verify=True, **options)
+    assert inspect(out, verify=True)["verified"] == "all 21 parameters, against their SHA-256 sums"
+    damage(out)
+    djax.load(out)  # it cannot know
+    message = r"out: .* is damaged: its SHA-256 is [0-9a-f]{64}, djax.json says [0-9a-f]{64}; copy or convert it again"
+    for read in (lambda: djax.load(out, verify=True), lambda: inspect(out, verify=True)):
+        with pytest.raises(CheckpointError, match=message):
+            read()
+    done = subprocess.run([sys.executable, "-m", "djax.cli", "info", out, "--verify"], capture_output=True, text=True)
+    assert done.returncode == 2 and "is damaged" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_sums_that_are_not_there(tmp_path, moe_b):
+    with pytest.raises(OptionError, match=r"verify: expected a directory that .* is in HF's layout, which has none"):
+        djax.load(GOLDENS / "moe_b", verify=True)
+    with pytest.raises(OptionError, match=r"verify: expected"):
+        djax.load(GOLDENS / "moe_b", verify="yes")
+    djax.save(moe_b, tmp_path / "out")
+    file = tmp_path / "out" / "djax.json"
+    known = json.loads(file.read_text())
+    file.write_text(json.dumps(known | {"parameters": {"embedding": known["parameters"]["embedding"]}}))
+    with pytest.raises(CheckpointError, match=r"has no SHA-256 sum for .*head.*; convert it again"):
+        djax.load(tmp_path / "out", verify=True)
+    file.write_text(json.dumps(known | {"parameters": {}}))
+    with pytest.raises(CheckpointError, match=r"holds no SHA-256 sums of these parameters, so nothing can be verified"):
+        djax.load(tmp_path / "out", verify=True)
+    djax.export_hf(djax.load(GOLDENS / "moe_b"), tmp_path / "wide", dtype="float32")
+    convert(tmp_path / "wide", tmp_path / "narrow", dtype="bfloat16")
+    file = tmp_path / "narrow" / "djax.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"parameters": {}}))
+    with pytest.raises(CheckpointError, match=r"sums of HF's tensors alone, and .* was narrowed"):
+        djax.load(tmp_path / "narrow", verify=True)
 
 
 def test_a_conversion_that_is_running_is_left_alone(tmp_path):

@@ -3,16 +3,18 @@
 import dataclasses
 import json
 import os
+import resource
+import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import jax
+import killed
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import tiny_model
 
 import djax
 from djax import distill
@@ -149,13 +151,15 @@ def test_hostile_parts_take_no_memory_and_raise_what_they_should(recorded, tmp_p
         distill.Store(tmp_path).part(0)
 
 
-def test_a_full_disk_leaves_what_was_there(recorded, monkeypatch):
-    def full(self, data):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("pathlib.Path.write_bytes", full)
-    with pytest.raises(TraceError, match="No space left on device; what was there before is untouched"):
-        recorded.write(1, list(recorded))
+def test_a_full_disk_leaves_what_was_there(recorded):
+    trajectories, ignore = list(recorded), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+    try:
+        with pytest.raises(TraceError, match=r"cannot be written: .*; what was there before is untouched"):
+            recorded.write(1, trajectories)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        signal.signal(signal.SIGXFSZ, ignore)
     assert recorded.parts == 1
     assert not [f for f in recorded.directory.iterdir() if f.name.startswith(".")]
 
@@ -269,24 +273,41 @@ def test_verifiers_that_raise_hang_or_babble(recorded):
     assert list(recorded), "nothing is lost"
 
 
-RECORD = """
-import sys, djax
-from djax import distill
-from djax.training import problems
-distill.recording.PART = 2
-distill.record(djax.load(), distill.run.generated(problems.not_held_out(7)), sys.argv[1], max_batch=1,
-               gen_length=64, block_length=16, decoder=djax.Threshold(0.9), progress=lambda n: print(n, flush=True))
-"""
+IDS = [{"prompt": [1 + n, 2, 3], "result": n} for n in range(7)]
+SAMPLED = dict(samples=2, seed=5, temperature=0.7, gen_length=16, block_length=8, max_batch=2)
 
 
-def test_a_recording_that_is_killed_goes_on(small, recorded, tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", RECORD, str(tmp_path / "s")], stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.strip() == "5":
-            os.kill(process.pid, signal.SIGKILL)
-            break
-    process.wait()
-    process.stdout.close()
-    assert distill.Store(tmp_path / "s").parts == 2
-    whole = distill.record(small, PROBLEMS, tmp_path / "s", **OPTIONS)
-    assert [t.text for t in whole] == [t.text for t in recorded]
+def record_in(directory, die=None):
+    """A tiny model's recording in many parts, killed just before its n-th operation on files."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    distill.recording.PART = 2
+    model = tiny_model()
+    if die is not None:
+        killed.die_at(die)
+    distill.record(model, IDS, directory, **SAMPLED)
+
+
+def contents(directory):
+    return {p.name: p.read_bytes() for p in directory.iterdir() if not p.name.startswith(".")}
+
+
+def test_a_recording_that_is_killed_goes_on(tmp_path, monkeypatch):
+    """To the same store, byte for byte."""
+    monkeypatch.setattr(distill.recording, "PART", 2)
+    record_in(tmp_path / "whole")
+    whole, left = contents(tmp_path / "whole"), []
+    assert len(whole) == 1 + 7
+
+    def check():
+        there = contents(tmp_path / "s") if (tmp_path / "s").exists() else {}
+        assert there.items() <= whole.items(), "each file is there and right, or is not there"
+        left.append(len(there))
+        record_in(tmp_path / "s")
+        assert contents(tmp_path / "s") == whole
+        shutil.rmtree(tmp_path / "s")
+
+    def begin(die):
+        return killed.start(record_in, tmp_path / "s", die)
+
+    killed.kill_at_moments(int(killed.MOMENTS or 3), begin, (tmp_path / "s").exists, check, "recording")
+    print("files left by each:", left[2:])

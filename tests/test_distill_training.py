@@ -290,14 +290,14 @@ def fill_the_disk(directory, what):
     # What pytest captures is a file, too, and the bar that cannot be drawn there would be what is raised.
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    original = trainer._append
+    original = trainer.append
 
     def append(file, entry):
         if entry["step"] == 9:
             resource.setrlimit(resource.RLIMIT_FSIZE, (what, resource.RLIM_INFINITY))
         original(file, entry)
 
-    trainer._append = append
+    trainer.append = append
     with pytest.raises(TrainingError, match=r"cannot be written: .*File too large.*; what was saved before is there"):
         run(directory)
 

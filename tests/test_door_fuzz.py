@@ -2,7 +2,7 @@
 
 A call that comes out with anything but a typed error (or `TypeError` for an argument that does not exist) fails, as does one
 that takes too long, one that accepts what means nothing, and one whose answer is not that of the plain call it stands for.
-`DJAX_TEST_FUZZ=1 pytest -n 0 -s tests/test_door_fuzz.py` draws thirteen times as many and prints the figures.
+`DJAX_TEST_FUZZ=1 pytest -n 0 -s tests/test_door_fuzz.py` draws 4,320 calls instead of 600 and prints the figures.
 """
 
 import array
@@ -621,7 +621,7 @@ def logits(rng):
             pass
         return djax.logits, (Drawn(NETWORK, NETWORK), asked), {}
     asked = bad_prompts(rng) if choice < 0.6 else Drawn(as_array(rng, rows), rows)
-    if type(asked.value) is np.ndarray and asked.value.ndim == 2 and EOS in asked.value[:, -1:]:
+    if type(asked.value) is np.ndarray and asked.value.shape == (2, 2) and EOS in asked.value[:, -1:]:
         asked = Drawn(as_array(rng, rows), rows)  # rows that end with EOS are canvases
     if choice > 0.8:
         plain = [rng.randint(1, 4) for _ in rows]
@@ -891,7 +891,7 @@ def check_text(drawn):
     return True
 
 
-@pytest.mark.parametrize("seed", range(36 if FULL else 3))
+@pytest.mark.parametrize("seed", range(36 if FULL else 5))
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::SyntaxWarning", "ignore::RuntimeWarning", "ignore::UserWarning"
 )

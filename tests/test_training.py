@@ -2,18 +2,27 @@
 
 import dataclasses
 import json
+import os
 import random
+import resource
+import shutil
+import signal
+import sys
+from collections import Counter
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import killed
 import numpy as np
 import pytest
 
 import djax
 from djax.configs.small import RUN
-from djax.errors import OptionError
+from djax.errors import OptionError, TrainingError
 from djax.source import NAMED, SHIPPED
-from djax.training import data, objective, problems
+from djax.training import data, objective, problems, tokenizer
+from djax.training import train as training
 from djax.training.evaluate import evaluate, wilson
 from djax.training.train import Stage, train
 
@@ -152,6 +161,132 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     assert log[-1]["loss"] < log[0]["loss"]
     with pytest.raises(OptionError, match="this run is finished"):
         train(TINY, tmp_path / "whole")
+
+
+FEW = dataclasses.replace(TINY, stages=(Stage(until=6, lengths=(96,), drills=0.5),))
+
+
+def train_few(directory, die=None):
+    """A short training with a tokenizer that is quickly made, killed just before its n-th operation on files."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    training.tokenizer.train = partial(tokenizer.train, examples=300)
+    if die is not None:
+        killed.die_at(die)
+    train(FEW, directory, save_every=2, log_every=1)
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("few") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.tokenizer, "train", partial(tokenizer.train, examples=300))
+        train(FEW, directory, save_every=2, log_every=1)
+    return directory
+
+
+@pytest.fixture
+def again(few, tmp_path, monkeypatch):
+    """Goes on with what is left in a directory, and sees that it ends as if nothing had happened."""
+    monkeypatch.setattr(training.tokenizer, "train", partial(tokenizer.train, examples=300))
+
+    def go_on(directory):
+        if not (directory / "model").exists():
+            train(FEW, directory, save_every=2, log_every=1)
+        for file in sorted(p for p in few.rglob("*") if p.is_file() and "checkpoints" not in p.parts and p.name != "log.jsonl"):
+            assert (directory / file.relative_to(few)).read_bytes() == file.read_bytes(), file
+        steps = [json.loads(line)["step"] for line in (directory / "log.jsonl").read_text().splitlines()]
+        assert steps == list(range(1, 7)), "no update is logged twice, and none is missing"
+        assert {p.name for p in directory.iterdir()} == {p.name for p in few.iterdir()}, "nothing else is left"
+
+    return go_on
+
+
+def test_a_training_that_is_killed_goes_on(again, tmp_path):
+    """To the same files, byte for byte."""
+    directory, left = tmp_path / "run", Counter()
+
+    def begin(die):
+        return killed.start(train_few, directory, die)
+
+    def check():
+        left[", ".join(sorted(p.name for p in directory.glob("[!.]*")))] += 1
+        again(directory)
+        shutil.rmtree(directory)
+
+    killed.kill_at_moments(int(killed.MOMENTS or 2), begin, directory.exists, check, "train")
+    print("what was there:", dict(left))
+
+
+def copy(few, directory, *, trained):
+    """What a killed training has left."""
+    shutil.copytree(few, directory)
+    shutil.rmtree(directory / "model")
+    for step in (directory / "checkpoints").iterdir():
+        if not trained or step.name == "6":
+            shutil.rmtree(step)
+    return directory
+
+
+@pytest.mark.parametrize("spoiled", ["", "{", "[]", "null", "[" * 100_000, '{"rows": 4,\n "family"'], ids=range(6))
+def test_a_damaged_run_json_is_written_again_or_said(few, again, tmp_path, spoiled):
+    new = copy(few, tmp_path / "new", trained=False)
+    (new / "run.json").write_text(spoiled)
+    again(new)
+    old = copy(few, tmp_path / "old", trained=True)
+    (old / "run.json").write_text(spoiled)
+    with pytest.raises(OptionError, match=r"run.json: is damaged \(.*\), so nothing says .* remove the file and start again"):
+        train(FEW, old)
+    (old / "run.json").unlink()
+    again(old)
+
+
+def cut(directory, name):
+    file = directory / "tokenizer" / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize("spoil", [cut, lambda directory, name: (directory / "tokenizer" / name).unlink()], ids=["cut", "gone"])
+def test_a_tokenizer_that_is_not_whole_is_made_again_or_said(few, again, tmp_path, name, spoil):
+    new = copy(few, tmp_path / "new", trained=False)
+    spoil(new, name)
+    again(new)
+    old = copy(few, tmp_path / "old", trained=True)
+    spoil(old, name)
+    with pytest.raises(
+        OptionError, match=r"tokenizer: is damaged \(.*\) beside checkpoints; restore it, or choose another dir"
+    ):
+        train(FEW, old)
+    shutil.copytree(few / "tokenizer", old / "tokenizer", dirs_exist_ok=True)
+    again(old)
+
+
+def fill_the_disk(directory, what, room):
+    """Train with a disk that is full from the first time on that this is written."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    training.tokenizer.train = partial(tokenizer.train, examples=300)
+    full = False
+
+    def hook(event, arguments):
+        nonlocal full
+        if event in ("open", "os.mkdir") and not full and what in str(arguments[0]):
+            full = True
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+
+    sys.addaudithook(hook)
+    with pytest.raises(
+        TrainingError, match=r"run: cannot be written: .*; what was saved before is there, start again to go on"
+    ):
+        train(FEW, directory, save_every=2, log_every=1)
+
+
+@pytest.mark.parametrize(("what", "room"), [("run.json", 10), ("tokenizer", 1000), ("log.jsonl", 0), ("checkpoints/4", 1000)])
+def test_a_full_disk_is_said_and_training_goes_on_later(few, again, tmp_path, what, room):
+    assert killed.end(killed.start(fill_the_disk, tmp_path / "run", what, room))
+    again(tmp_path / "run")
 
 
 def test_the_shipped_model(small):

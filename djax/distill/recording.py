@@ -74,7 +74,7 @@ def _plain(problems: Sequence[Problem]) -> None:
     for n, problem in enumerate(problems):
         try:
             fits = json.loads(json.dumps(dict(problem))) == dict(problem) and "prompt" in problem
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RecursionError):
             fits = False
         if not fits:
             raise OptionError(f'problem {n}: expected a mapping with a "prompt" and JSON values, got {problem!r:.100}')

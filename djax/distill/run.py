@@ -16,15 +16,16 @@ from djax.checks import integer, number
 from djax.distill import verify
 from djax.distill.recording import record
 from djax.distill.settings import Settings
-from djax.distill.store import Problem, Trajectory, write
+from djax.distill.store import Problem, Trajectory
 from djax.distill.trainer import Recipe, train
 from djax.errors import OptionError, TraceError
-from djax.files import expand_home
+from djax.files import expand_home, parse_json, read_text, write
 from djax.generate import generate
 from djax.model import Model
 from djax.process import with_own_settings
 from djax.training import problems as word_problems
 from djax.training.evaluate import Report, answered, report
+from djax.training.run_directory import writing
 
 # Problems decoded together while recording. Changes no trajectory.
 BATCH = 50
@@ -67,13 +68,13 @@ class Distillation:
 def read_problems(file: Path, name: str) -> list[Problem]:
     """Problems from JSON lines. Raises `OptionError`, which names the option and the line."""
     try:
-        lines = file.read_text().split("\n")
+        lines = read_text(file).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"{name}: {file} cannot be read: {error}") from error
     problems = []
     for n, line in enumerate(lines, 1):
         try:
-            problem = json.loads(line) if line.strip() else None
+            problem = parse_json(line) if line.strip() else None
         except ValueError as error:
             raise OptionError(f"{name}: {file}, line {n} is no JSON: {error}") from error
         if problem is not None:
@@ -204,7 +205,8 @@ def distil(
     began = time.perf_counter()
     trained = train(model, kept, run.recipe, directory / "training", evaluate=evaluate, console=console)
     facts["train_seconds"] = round(time.perf_counter() - began, 2)
-    write(directory / "facts.json", (json.dumps(facts, indent=1) + "\n").encode())
+    with writing(directory):
+        write(directory / "facts.json", json.dumps(facts, indent=1) + "\n")
     checkpoint.export_hf(trained, directory / "model")
     # As it is on disk, where it may be narrower than it was trained.
     return checkpoint.load(directory / "model", dtype=str(np.dtype(model.dtype)), mesh=model.mesh)
@@ -213,11 +215,13 @@ def distil(
 def _before(file: Path, asked: str, ask: Callable[[], Report]) -> Report:
     """What the untrained model does on the held-out problems, asked once a run. asked: a digest of what is asked, and how."""
     if not file.exists():
-        write(file, (json.dumps({"asked": asked, "report": dataclasses.asdict(ask())}) + "\n").encode())
+        answers = json.dumps({"asked": asked, "report": dataclasses.asdict(ask())}) + "\n"
+        with writing(file.parent):
+            write(file, answers)
     try:
-        there = json.loads(file.read_text())
+        there = parse_json(read_text(file))
         same, found = there["asked"] == asked, Report(**there["report"])
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise TraceError(f"{file}: cannot be read: {error}; remove it") from error
     if not same:
         raise OptionError(

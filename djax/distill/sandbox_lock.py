@@ -46,7 +46,7 @@ def close_files(libc: ctypes.CDLL, interpreter: str) -> bool:
     if rules < 0:
         return False
     try:
-        with open("/proc/self/maps") as file:
+        with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as file:
             mapped = {line.split(maxsplit=5)[5].strip() for line in file if line.count("/") > 1}
     except OSError:  # without /proc, nobody knows where the interpreter's libraries lie
         return False

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from djax.errors import TraceError
-from djax.files import expand_home
+from djax.files import expand_home, parse_json, read_text, write
 from djax.model import Model
 from djax.models.hf import list_settings
 from djax.source import name_of
@@ -114,7 +114,7 @@ class Store:
     def __init__(self, directory: str | os.PathLike) -> None:
         self.directory = expand_home(directory)
         try:
-            self.manifest = json.loads((self.directory / MANIFEST).read_text())
+            self.manifest = parse_json(read_text(self.directory / MANIFEST))
             kind, self.settings = self.manifest["format"], dict(self.manifest["settings"])
         except FileNotFoundError as error:
             raise TraceError(
@@ -139,7 +139,7 @@ class Store:
                 raise TraceError(f"{path}: is not empty and holds no trajectories; choose another directory")
             described = {"format": FORMAT, "settings": dict(settings), "model": repr(model)}
             described |= {"checksum": checksum(model), "tokenizer": tokenizer_checksum(model)}
-            write(path / MANIFEST, (json.dumps(described, indent=1) + "\n").encode())
+            _write(path / MANIFEST, json.dumps(described, indent=1) + "\n")
             return cls(path)
         store = cls(path)
         store.check(model)
@@ -173,7 +173,7 @@ class Store:
 
     def write(self, n: int, trajectories: Sequence[Trajectory]) -> None:
         """Write part n, the next one, whole or not at all."""
-        write(self.directory / _PART.format(n), packed(trajectories))
+        _write(self.directory / _PART.format(n), packed(trajectories))
 
     def part(self, n: int) -> list[Trajectory]:
         file = self.directory / _PART.format(n)
@@ -185,13 +185,13 @@ class Store:
     def scores(self, n: int, verifier: str) -> list[float] | None:
         """What a verifier said of a part's trajectories, if it was asked."""
         try:
-            found = json.loads(self._scores(n, verifier).read_text())
+            found = parse_json(read_text(self._scores(n, verifier)))
         except (OSError, ValueError):
             return None  # they are made again
         return found if isinstance(found, list) and all(isinstance(x, float) for x in found) else None
 
     def write_scores(self, n: int, verifier: str, scores: Sequence[float]) -> None:
-        write(self._scores(n, verifier), json.dumps(list(scores)).encode())
+        _write(self._scores(n, verifier), json.dumps(list(scores)))
 
     def _scores(self, n: int, verifier: str) -> Path:
         return self.directory / f"{_PART.format(n)}.{verifier}.json"
@@ -217,7 +217,7 @@ def packed(trajectories: Sequence[Trajectory]) -> bytes:
     small = {name: a.astype(np.min_scalar_type(int(a.max(initial=0)))) for name, a in flat.items()}
     small["confidence"] = np.concatenate([t.confidence[t.prompt : e] for t, e in zip(trajectories, ends, strict=True)])
     small["confidence"] = small["confidence"].astype(np.float16)
-    words = json.dumps([[dict(t.problem), t.text] for t in trajectories], ensure_ascii=False)
+    words = json.dumps([[dict(t.problem), t.text] for t in trajectories])
     small["words"] = np.frombuffer(words.encode(), np.uint8)
     file = io.BytesIO()
     np.savez_compressed(file, **small)
@@ -237,7 +237,7 @@ def unpacked(data: bytes) -> list[Trajectory]:
             raise ValueError(f"it would take more than {LARGEST} bytes")
     with np.load(io.BytesIO(data), allow_pickle=False) as file:
         got = {name: file[name] for name in file.files}
-    words = json.loads(got["words"].tobytes().decode())
+    words = parse_json(got["words"].tobytes().decode())
     out, token, position = [], 0, 0
     for b, (problem, text) in enumerate(words):
         prompt, end, length = (int(got[name][b]) for name in ("prompt", "end", "length"))
@@ -254,12 +254,9 @@ def unpacked(data: bytes) -> list[Trajectory]:
     return out
 
 
-def write(file: Path, data: bytes) -> None:
-    """A killed process leaves the old file or the new one."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
+def _write(file: Path, data: str | bytes) -> None:
+    """`files.write`, whose errors are `TraceError`."""
     try:
-        partial.write_bytes(data)
-        os.replace(partial, file)
+        write(file, data)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise TraceError(f"{file}: cannot be written: {error}; what was there before is untouched") from error

@@ -6,11 +6,9 @@ number of devices nor a restart changes it.
 
 import dataclasses
 import hashlib
-import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -29,13 +27,14 @@ from djax.compilation import enable_cache
 from djax.distill import lora as low_rank
 from djax.distill.lora import Lora
 from djax.distill.objectives import Compression, Row
-from djax.distill.store import Trajectory, checksum, write
-from djax.errors import DjaxError, OptionError, TrainingError
+from djax.distill.store import Trajectory, checksum
+from djax.errors import OptionError, TrainingError
 from djax.files import expand_home
 from djax.model import Model, computing
 from djax.process import make_key, with_own_settings
 from djax.sharding import DATA
 from djax.training.objective import balance_loss
+from djax.training.run_directory import append, begin, forget_after, open_checkpoints, writing
 from djax.training.train import muon
 
 # Logits of one view of all its rows at once, in bytes; beyond, a row's are made at a time and made again for its gradient.
@@ -336,7 +335,7 @@ def train(
             f"times the mesh's data={model.parts}"
         )
     directory = expand_home(directory)
-    _same_run(directory, model, examples, recipe)
+    begin(directory, _describe(model, examples, recipe))
     state, frozen = _begin(model, recipe)
     places = None if model.mesh is None else jax.tree.map(lambda a: a.sharding, state)
     of = _Static(model.family, model.config, recipe, model.mesh, places)
@@ -347,18 +346,16 @@ def train(
         keep.append(policies.BestN(n=1, get_metric_fn=lambda m: m["score"], keep_checkpoints_without_metrics=False))
     log = directory / "log.jsonl"
     columns = ("{task.description}", "loss {task.fields[loss]:.4f}", "{task.fields[rate]:,.0f} tokens/s")
-    bar = Progress(*map(TextColumn, columns), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
-    saved = orbax.Checkpointer(
-        (directory / "checkpoints").resolve(),
-        preservation_policy=policies.AnyPreservationPolicy(keep),
-        cleanup_tmp_directories=True,
+    quiet = console is not None and not console.is_terminal  # nobody watches; log.jsonl has it all
+    bar = Progress(
+        *map(TextColumn, columns), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, disable=quiet
     )
-    try:
+    with open_checkpoints(directory, policies.AnyPreservationPolicy(keep)) as saved:
         if saved.latest is not None:
             state = saved.load(saved.latest.step, state)
         first = int(state.step)
-        _forget_after(log, first)
-        _forget_after(directory / "evaluations.jsonl", first)
+        forget_after(log, first)
+        forget_after(directory / "evaluations.jsonl", first)
         with bar:
             task = bar.add_task("training", total=recipe.steps, completed=first, loss=float("nan"), rate=0.0)
             began, seen, pending = time.perf_counter(), 0, []
@@ -375,64 +372,31 @@ def train(
                 if done % recipe.log_every == 0 or saving or evaluating:
                     entry = _checked(pending, examples)
                     entry |= {"tokens_per_second": round(seen / (time.perf_counter() - began)), "step": done}
-                    _append(log, entry)
+                    append(log, entry)
                     bar.update(task, completed=done, loss=entry["loss"], rate=entry["tokens_per_second"])
                     pending = []
                 figures = None
                 if evaluating:
                     paused = time.perf_counter()
                     figures = dict(evaluate(_model(model, recipe, frozen, state.params)))
-                    _append(directory / "evaluations.jsonl", {"step": done} | figures)
+                    append(directory / "evaluations.jsonl", {"step": done} | figures)
                     began += time.perf_counter() - paused
                 if saving or evaluating:
                     # A copy, since the next update takes over the state's memory while this one is written.
                     copy = jax.tree.map(jnp.copy, state)
                     metrics = None if figures is None else {"score": figures["score"]}
-                    with _writing(directory):
+                    with writing(directory):
                         saved.save_async(done, copy, force=True, metrics=metrics)
-    except BaseException:
-        # What went wrong first is told, not what it made of a checkpoint that was under way.
-        with suppress(Exception):
-            saved.close()
-        raise
-    with _writing(directory):
-        saved.close()
     with orbax.Checkpointer((directory / "checkpoints").resolve()) as saved:
         scored = [c for c in saved.checkpoints if c.metrics and "score" in c.metrics]
         best = max(scored, key=lambda c: (c.metrics["score"], c.step), default=saved.latest)
         return _model(model, recipe, frozen, saved.load(best.step, state).params)
 
 
-@contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    """What files and Orbax raise while the disk is full, or a directory is gone, as `TrainingError`."""
-    try:
-        yield
-    except DjaxError:
-        raise
-    except Exception as error:  # Orbax and tensorstore raise many kinds
-        raise TrainingError(
-            f"{directory}: cannot be written: {error}; what was saved before is there, start again to go on"
-        ) from error
-
-
-def _same_run(directory: Path, model: Model, examples: Examples, recipe: Recipe) -> None:
-    """The directory is new, or of this very run."""
+def _describe(model: Model, examples: Examples, recipe: Recipe) -> dict[str, Any]:
+    """What tells a run from others."""
     data = hashlib.sha256(b"".join(a.tobytes() for a in examples.rows)).hexdigest()
-    described = {"recipe": repr(recipe), "model": checksum(model), "trajectories": len(examples), "data": data}
-    file = directory / "run.json"
-    try:
-        there = json.loads(file.read_text())
-    except FileNotFoundError:
-        with _writing(directory):
-            directory.mkdir(parents=True, exist_ok=True)
-        write(file, (json.dumps(described, indent=1) + "\n").encode())
-        return
-    except (OSError, ValueError) as error:
-        raise OptionError(f"{file}: cannot be read: {error}; choose another directory") from error
-    wrong = [name for name in described if described[name] != there.get(name)]
-    if wrong:
-        raise OptionError(f"{directory}: holds a run with other settings ({', '.join(wrong)} differ); choose another directory")
+    return {"recipe": repr(recipe), "model": checksum(model), "trajectories": len(examples), "data": data}
 
 
 def _begin(model: Model, recipe: Recipe) -> tuple[State, Any]:
@@ -492,22 +456,3 @@ def _checked(pending: list[tuple], examples: Examples) -> dict[str, Any]:
     entry = {"loss": float(np.mean([losses for _, losses, _ in pending]))}
     entry |= {name: float(np.mean([logged[name] for *_, logged in pending])) for name in names}
     return {name: round(value, 5) for name, value in entry.items()}
-
-
-def _append(file: Path, entry: Mapping[str, Any]) -> None:
-    with _writing(file.parent), file.open("a") as out:
-        print(json.dumps(entry), file=out, flush=True)
-
-
-def _forget_after(file: Path, step: int) -> None:
-    """What a killed run logged of updates that are done anew."""
-    if file.exists():
-        lines = []
-        for line in file.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue  # half a line: it was killed there
-            if entry["step"] <= step:
-                lines.append(line + "\n")
-        write(file, "".join(lines).encode())

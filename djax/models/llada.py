@@ -86,7 +86,7 @@ class Config:
             groups=read("n_kv_heads", int, heads),
             head_dim=width // heads,
             mlp_width=read("mlp_hidden_size", int, width * read("mlp_ratio", int, 4)),
-            rope_theta=read("rope_theta", float),
+            rope_theta=read.rope_theta(),
             eps=read("rms_norm_eps", float, 1e-5),
             max_positions=read("max_sequence_length", int),
             mask_id=mask_id,
@@ -95,6 +95,9 @@ class Config:
         )
         read.heads(config.heads, config.groups, config.head_dim)
         read.sizes(config.layers)
+        read.parameter(config.vocab, width)
+        read.parameter(width, 2, config.mlp_width)
+        read.parameter(width, heads + 2 * config.groups, config.head_dim)
         read.done()
         return config
 

@@ -94,7 +94,7 @@ class Config:
             heads=heads,
             groups=read("num_key_value_heads", int, heads),
             head_dim=head_dim,
-            rotated=round(head_dim * read("partial_rotary_factor", float, 1.0)),
+            rotated=read.rotated(head_dim),
             dense_layers=0 if hf.get("first_k_dense_replace") == 0 else read("first_k_dense_replace", int),
             dense_width=read("intermediate_size", int),
             expert_width=read("moe_intermediate_size", int),
@@ -121,6 +121,10 @@ class Config:
         else:
             read.experts(config.top_groups * experts // groups, config.top)
         read.sizes(config.layers, config.experts)
+        read.parameter(config.vocab, width)
+        read.parameter(width, heads + 2 * config.groups, head_dim)
+        read.parameter(width, 2, config.dense_width)
+        read.parameter(experts, width, 2, config.expert_width)
         read.done()
         return config
 

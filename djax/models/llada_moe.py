@@ -96,6 +96,11 @@ class Config:
         read.heads(config.heads, config.groups, config.head_dim)
         read.experts(config.experts, config.top)
         read.sizes(config.layers, config.experts)
+        if read.rotated(config.head_dim) != config.head_dim:
+            read.wrong.append("rope_parameters.partial_rotary_factor (implemented: 1)")
+        read.parameter(config.vocab, width)
+        read.parameter(width, heads + 2 * config.groups, config.head_dim)
+        read.parameter(config.experts, width, 2, config.expert_width)
         read.done()
         return config
 

@@ -292,7 +292,7 @@ def _compiler() -> list[str]:
 def _processor() -> str:
     """What the compiled code may rely on: a home directory may be shared by unlike machines."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n", 1)[0].splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").split("\n\n", 1)[0].splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()} {platform.node()}"
     named = ("model name", "flags", "Features", "CPU part", "CPU implementer")

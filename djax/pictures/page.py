@@ -3,12 +3,13 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from djax import files
 from djax.errors import OptionError
 from djax.pictures.frames import Replay
 
@@ -56,16 +57,11 @@ def write(path: Path, replays: Sequence[Replay], facts: Sequence[Mapping[str, st
     check(path)
     data = [{"facts": dict(fact), **_data(replay)} for replay, fact in zip(replays, facts, strict=True)]
     written = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    page = files("djax.pictures").joinpath("page.html").read_text("utf-8").replace("@DATA@", written, 1)
-    # Beside the file, so that the last step is a rename; opened here, so that it has the user's own permissions.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    page = resources.files("djax.pictures").joinpath("page.html").read_text("utf-8").replace("@DATA@", written, 1)
     try:
-        partial.write_text(page, "utf-8")
-        os.replace(partial, path)
+        files.write(path, page)
     except OSError as error:
         raise OptionError(f"--html: {path} cannot be written: {error.strerror}; name a file elsewhere") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _data(replay: Replay) -> dict[str, Any]:

@@ -15,6 +15,8 @@ COLOURS = ("#3d78d8", "#00828f", "#1c8559", "#5a7d1c", "#95700a", "#b8601c", "#c
 # Where there are 16 colours these are the terminal's own, which its theme keeps legible.
 PLAIN_COLOURS = ("blue", "cyan", "green", "yellow", "red", "magenta")
 MASK, SAME = "·", "■"
+# Signs of djax's own for terminals whose encoding lacks them.
+PLAIN_SIGNS = {MASK: ".", SAME: "#", "↵": "~", "⇥": "~"}
 
 
 def show(replays: Sequence[Replay], console: Console, seconds_per_forward: float | None = None) -> None:
@@ -51,15 +53,28 @@ def status(replay: Replay, step: int) -> str:
     return " · ".join(parts + [f"{replay.filled} filled after EOS"] * (step == forwards and replay.filled > 0))
 
 
+def _writable(text: str, encoding: str) -> str:
+    """What the encoding cannot say is replaced, cell for cell, so that columns stay where they are."""
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        if len(text) > 1:
+            return "".join(_writable(sign, encoding) for sign in text)
+        return PLAIN_SIGNS.get(text, "?" * cell_len(text))
+    return text
+
+
 def _animate(replay: Replay, console: Console, pause: float) -> None:
     width, room = console.width, max(1, console.height - 3)
     pieces = _pieces(replay)
     rows = _rows(replay, pieces, width)
+    pieces = [_writable(piece, console.encoding) for piece in pieces]
+    mask = _writable(MASK, console.encoding)
     colours = PLAIN_COLOURS if console.color_system == "standard" else COLOURS
     with Live(console=console, auto_refresh=False) as live:
         for step in range(len(replay.forwards) + 1):
-            frame = _frame(replay, pieces, rows, step, colours)
-            line = Text(status(replay, step), "bold")
+            frame = _frame(replay, pieces, rows, step, colours, mask)
+            line = Text(_writable(status(replay, step), console.encoding), "bold")
             # Of a canvas taller than the terminal, what stands around the block.
             block = replay.forwards[max(0, step - 1)].start
             middle = next(i for i, row in enumerate(rows) if row[-1] >= block)
@@ -92,7 +107,7 @@ def _rows(replay: Replay, pieces: Sequence[str], width: int) -> list[list[int]]:
 
 
 def _frame(
-    replay: Replay, pieces: Sequence[str], rows: Sequence[Sequence[int]], step: int, colours: Sequence[str]
+    replay: Replay, pieces: Sequence[str], rows: Sequence[Sequence[int]], step: int, colours: Sequence[str], mask: str = MASK
 ) -> list[Text]:
     states, last = replay.states(step), max(1, len(replay.forwards) - 1)
     frame = []
@@ -100,7 +115,7 @@ def _frame(
         line = Text(no_wrap=True, overflow="ellipsis")
         for i in row:
             if states[i] == "masked":
-                line.append(MASK + " " * (cell_len(pieces[i]) - 1), "dim")
+                line.append(mask + " " * (cell_len(pieces[i]) - 1), "dim")
             elif states[i] == "accepted":
                 at = int(replay.accepted_at[i])
                 colour = colours[(at - 1) * (len(colours) - 1) // last]
@@ -119,4 +134,4 @@ def _lines(replay: Replay, console: Console) -> None:
         shown = (MASK if states[i] == "masked" else pieces[i] for i in range(replay.prompt, len(pieces)))
         lines.append(f"{status(replay, step)}: {''.join(shown)}")
     for line in lines:
-        console.print(Text(line), soft_wrap=True)
+        console.print(Text(_writable(line, console.encoding)), soft_wrap=True)

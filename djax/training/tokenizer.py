@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 from djax.training import problems
 
@@ -14,6 +15,11 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<role>ASSISTANT</role>{% endif %}"
 )
+
+
+def is_whole(words: Any) -> bool:
+    """Whether a loaded tokenizer is one that `train` wrote, with what stands in its other files."""
+    return (words.eos_token, words.mask_token, words.chat_template) == (EOS, MASK, CHAT_TEMPLATE)
 
 
 def train(directory: Path, vocab: int, seed: int = 0, examples: int = 20_000) -> None:

@@ -1,8 +1,8 @@
 """Train a masked-diffusion model from scratch on the generated problems; interrupted runs go on where they stopped."""
 
 import dataclasses
-import json
 import random
+import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from djax import checkpoint, text
 from djax.compilation import enable_cache
-from djax.errors import OptionError
+from djax.directories import new_directory
+from djax.errors import CheckpointError, OptionError
 from djax.model import Model
 from djax.models import FAMILIES
 from djax.process import make_key, with_own_settings
 from djax.sharding import find_devices
 from djax.training import data, objective, tokenizer
+from djax.training.run_directory import append, begin, forget_after, has_checkpoints, open_checkpoints, writing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,12 +126,15 @@ class _Hashable:
 
 
 @with_own_settings
-def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 20) -> Model:
+def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 20, console: Any = None) -> Model:
     """Train, or go on training, in `directory`; returns the model and leaves it in `directory/model` in HF layout.
 
     `directory` gets run.json, tokenizer/, checkpoints/ (Orbax) and log.jsonl (step, examples, loss, tokens/s, seconds).
-    Batches and noise depend on the seed and the step alone, so an interrupted run equals an uninterrupted one. Raises
-    `OptionError` if the directory holds a finished run or one with other settings.
+    Batches and noise depend on the seed and the step alone, so a run killed at any moment and started again equals an
+    uninterrupted one. Raises `OptionError` if the directory holds a finished run or one with other settings, or files that
+    are damaged where that cannot be made good; `TrainingError` if it cannot be written (disk full).
+
+    console: where progress is shown, by default on standard output.
     """
     from orbax.checkpoint.experimental.v1 import training as orbax
 
@@ -137,15 +142,8 @@ def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 
         raise OptionError(f"{directory / 'model'}: this run is finished; choose another directory or remove it")
     find_devices()  # before anything is written
     enable_cache()
-    directory.mkdir(parents=True, exist_ok=True)
-    record, described = directory / "run.json", json.dumps(dataclasses.asdict(run), indent=1)
-    if not record.exists():
-        record.write_text(described)
-    elif record.read_text() != described:
-        raise OptionError(f"{record}: this directory holds a run with other settings; choose another directory")
-    if not (directory / "tokenizer" / "tokenizer.json").is_file():
-        tokenizer.train(directory / "tokenizer", run.architecture["vocab_size"], run.seed)
-    words = text.load_tokenizer(directory / "tokenizer")
+    begin(directory, dataclasses.asdict(run))
+    words = _tokenizer(run, directory)
     family = FAMILIES[run.family]
     hf = run.architecture | {"mask_token_id": words.mask_token_id, "eos_token_id": words.eos_token_id}
     config = family.Config.from_hf(hf, mask_id=words.mask_token_id, eos_id=words.eos_token_id)
@@ -153,13 +151,18 @@ def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 
     params = family.init(config, make_key(run.seed))
     state = State(params, optimizer(run).init(params), jnp.int32(0))
     keep = orbax.preservation_policies.LatestN(2)
-    with orbax.Checkpointer((directory / "checkpoints").resolve(), preservation_policy=keep) as saved:
+    log = directory / "log.jsonl"
+    with open_checkpoints(directory, keep) as saved:
         if saved.latest is not None:
             state = saved.load(saved.latest.step, state)
         first, static = int(state.step), _Hashable(run)
         columns = ("{task.description}", "loss {task.fields[loss]:.4f}", "{task.fields[rate]:,.0f} tokens/s")
-        bar = Progress(*map(TextColumn, columns), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with bar, (directory / "log.jsonl").open("a") as log:
+        quiet = console is not None and not console.is_terminal  # nobody watches; log.jsonl has it all
+        bar = Progress(
+            *map(TextColumn, columns), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, disable=quiet
+        )
+        forget_after(log, first)
+        with bar:
             task = bar.add_task("training", total=run.steps, completed=first, loss=float("nan"), rate=0.0)
             began, seen, losses = time.perf_counter(), 0, []
             for step in range(first, run.steps):
@@ -176,13 +179,34 @@ def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 
                     loss, seconds = float(sum(losses)) / len(losses), time.perf_counter() - began
                     entry = {"step": done, "examples": done * run.rows, "loss": round(loss, 5)}
                     entry |= {"balance": round(float(parts["balance"]), 3), "tokens_per_second": round(seen / seconds)}
-                    print(json.dumps(entry | {"seconds": round(seconds, 1)}), file=log, flush=True)
+                    append(log, entry | {"seconds": round(seconds, 1)})
                     bar.update(task, completed=done, loss=loss, rate=seen / seconds)
                     losses = []
                 if done % save_every == 0 or done == run.steps:
-                    saved.save(done, state)
+                    with writing(directory):
+                        saved.save(done, state)
     # bfloat16 on disk halves the shipped file; it is what every published LLaDA-MoE uses.
     stored = dict.fromkeys(checkpoint.hf_names(family, config), "BF16")
     model = Model(family, config, state.params, words, hf, stored)
     checkpoint.export_hf(model, directory / "model")
     return checkpoint.load(directory / "model")
+
+
+def _tokenizer(run: Run, directory: Path) -> Any:
+    """The run's tokenizer, made by its first start. One that is cut short, as a killed process of an older djax left it, is
+    made again as long as nothing has been trained; afterwards another could be what checkpoints were not trained with."""
+    there = directory / "tokenizer"
+    try:
+        words = text.load_tokenizer(there)
+        if words is not None and tokenizer.is_whole(words):
+            return words
+        problem = "its files are not all there"
+    except CheckpointError as error:
+        problem = str(error)
+    if has_checkpoints(directory):
+        raise OptionError(f"{there}: is damaged ({problem}) beside checkpoints; restore it, or choose another directory")
+    with writing(directory):
+        shutil.rmtree(there, ignore_errors=True)
+        with new_directory(there) as whole:
+            tokenizer.train(whole, run.architecture["vocab_size"], run.seed)
+    return text.load_tokenizer(there)
