@@ -12,6 +12,7 @@ from djax.checkpoint import export_hf, load, save
 from djax.compilation import compile_cache
 from djax.decoding import Credit, Edit, Entropy, Factor, Fixed, Hierarchy, Threshold
 from djax.decoding.contract import Decoder, Verdict
+from djax.engine import Engine
 from djax.errors import (
     BatchError,
     CanvasError,
@@ -42,6 +43,7 @@ __all__ = [
     "DjaxError",
     "Dual",
     "Edit",
+    "Engine",
     "Entropy",
     "Factor",
     "Fixed",

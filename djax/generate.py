@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -176,30 +176,38 @@ def _run(model: Model, asked: Asked, ask: Request) -> list[Generation]:
     if rows.active.any() and not asked.traced:
         # The same tokens once more, so that the error can show how they came.
         return _run(model, dataclasses.replace(asked, traced=True), ask)
-    generations = [_generation(model, rows, ask, b, timing) for b in range(len(ask.prompt)) if ask.total[b]]
+    places = {b: (ask, b) for b in range(len(ask.prompt)) if ask.total[b]}
+    generations = {b: read_row(model, rows, b, *place, timing) for b, place in places.items()}
     if rows.active.any():
-        raise TripCapError(
-            f"rows {np.flatnonzero(rows.active).tolist()} still hold masks after {ask.cap.max()} turns: either the model's "
-            f"logits are not finite (look at djax.logits), or the decoder {type(asked.plugs[0]).__name__} accepted nothing in "
-            "some turn, against its contract (djax/decoding/contract.py); the error's `generations` have the trace so far",
-            generations,
-        )
-    return generations
+        raise unfinished(rows, generations, ask.cap.max(), asked)
+    return list(generations.values())
 
 
-def _generation(model: Model, rows: Rows, ask: Request, b: int, timing: Timing) -> Generation:
-    canvas = rows.tokens[b, : ask.total[b]]
-    answer = canvas[ask.prompt[b] :]
+def unfinished(rows: Rows, generations: Mapping[int, Generation], turns: int, asked: Asked) -> TripCapError:
+    """The error for rows that spent their cap; `generations` are all rows as far as they came, by their place."""
+    return TripCapError(
+        f"rows {np.flatnonzero(rows.active).tolist()} still hold masks after {turns} turns: either the model's "
+        f"logits are not finite (look at djax.logits), or the decoder {type(asked.plugs[0]).__name__} accepted nothing in "
+        "some turn, against its contract (djax/decoding/contract.py); the error's `generations` have the trace so far",
+        list(generations.values()),
+    )
+
+
+def read_row(model: Model, rows: Rows, b: int, ask: Request, asked_at: int, timing: Timing) -> Generation:
+    """The answer in row b of the rows (on the host), whose request is row `asked_at` of `ask`."""
+    prompt, total = int(ask.prompt[asked_at]), int(ask.total[asked_at])
+    canvas = rows.tokens[b, :total]
+    answer = canvas[prompt:]
     ends = np.flatnonzero(np.isin(answer, (*model.config.eos_ids, model.config.mask_id)))
     answer = answer[: ends[0]] if ends.size else answer
     return Generation(
         text=None if rows.active[b] else text.decode(model.tokenizer, answer),
         tokens=answer,
         canvas=canvas,
-        prompt_length=int(ask.prompt[b]),
+        prompt_length=prompt,
         forwards=int(rows.forwards[b]),
         refreshes=int(rows.refreshes[b]),
         positions=int(rows.positions[b]),
         timing=timing,
-        trace=rows.trace.row(b, ask.total[b], rows.forwards[b]) if rows.trace else None,
+        trace=rows.trace.row(b, total, rows.forwards[b]) if rows.trace else None,
     )

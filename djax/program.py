@@ -165,7 +165,7 @@ def reach(policy: Policy, length: int) -> tuple[int, int]:
     return min(before, length), min(after, length)
 
 
-def start(params: Any, ask: Request, spec: Spec) -> Carry:
+def start(params: Any, ask: Request, *, spec: Spec) -> Carry:
     """The carry before the first forward of its rows. Those with an empty canvas are free slots."""
     batch, length = ask.tokens.shape
     decoder, policy, smoothing = spec.build(ask.numbers)
@@ -192,14 +192,14 @@ def start(params: Any, ask: Request, spec: Spec) -> Carry:
     return Carry(rows, ask._replace(tokens=()), cache)
 
 
-def join(params: Any, carry: Carry, ask: Request, b: jax.Array, spec: Spec) -> Carry:
+def join(params: Any, carry: Carry, ask: Request, b: jax.Array, *, spec: Spec) -> Carry:
     """The carry with the one row of `ask` in slot b, whose row must have ended. Its cache is not touched: a row's first
     refresh replaces what is there."""
-    new = start(params, ask, spec)
+    new = start(params, ask, spec=spec)
     return carry._replace(rows=_put_row(carry.rows, new.rows, b), asks=_put_row(carry.asks, new.asks, b))
 
 
-def run(params: Any, carry: Carry, spec: Spec, turns: jax.Array | None = None, until: jax.Array | None = None) -> Carry:
+def run(params: Any, carry: Carry, turns: jax.Array | None = None, until: jax.Array | None = None, *, spec: Spec) -> Carry:
     """Go on until every row has ended or, with `turns` and `until` (int32 scalars), until so many turns are spent or the event
     happens (`ROW_ENDED`, `BLOCK_FINISHED`, `NO_EVENT`).
 
@@ -232,7 +232,7 @@ def decode(params: Any, ask: Request, *, spec: Spec) -> Rows:
 
     Returns the rows as they end, less what only the loop needs; `active` is true only for rows that hit their cap on turns.
     """
-    rows = run(params, start(params, ask, spec), spec).rows
+    rows = run(params, start(params, ask, spec=spec), spec=spec).rows
     return rows._replace(decoder=(), soft=())
 
 
