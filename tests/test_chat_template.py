@@ -454,10 +454,10 @@ def give(directory, template):
         ("{% break %}", "cannot be compiled: 'break' outside loop"),
         ("{{ " + "9" * 9_999 + " }}", "cannot be compiled: Exceeds the limit"),
         ("x" * 300_000, "cannot be compiled: expected at most 200,000 characters, got 300,000"),
-        (5, "chat template|tokenizer.json"),
-        ([1], "chat template|tokenizer.json"),
+        (5, "chat_template: expected a string, or names with strings, got 5"),
+        ([1], "chat_template: expected a string, or names with strings"),
         ([{"name": "default", "template": "{{"}], "cannot be compiled: line 1"),
-        ([{"name": "default", "template": 5}], "cannot be compiled: expected a string, got int"),
+        ([{"name": "default", "template": 5}], "chat_template: expected a string, or names with strings"),
     ],
 )
 def test_templates_that_do_not_parse(copy, template, message):
