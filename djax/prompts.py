@@ -190,12 +190,17 @@ def whole_rows(value: Any, name: str, kind: type[DjaxError], *, bools: bool = Fa
 
 def _integers(items: list[Any], bools: bool = False) -> np.ndarray | None:
     """One array of whole numbers, None if an item is none. Those that no int64 holds stay as they are, for the error."""
-    plain = [scalar(item) for item in items]
-    whole = [int(i) if bools and type(i) is bool else integral(i) for i in plain]
-    if any(i is None for i in whole):
-        return None
-    fits = all(-(2**63) <= i < 2**63 for i in whole)
-    return np.array(whole, np.int64 if fits else object)
+    if set(map(type, items)) == {int}:  # nearly always, and tenfold faster
+        whole = items
+    else:
+        plain = [scalar(item) for item in items]
+        whole = [int(i) if bools and type(i) is bool else integral(i) for i in plain]
+        if any(i is None for i in whole):
+            return None
+    try:
+        return np.array(whole, np.int64)
+    except OverflowError:
+        return np.array(whole, object)
 
 
 def _items(given: Sequence, where: str, kind: type[DjaxError] = PromptError) -> list[Any]:

@@ -11,7 +11,7 @@ import numpy as np
 from djax import text
 from djax.caching import CACHES, Uncached
 from djax.caching.contract import TO_THE_END, Plan, Policy
-from djax.checks import boolean, plug, reading, real_number, show, type_name, whole_number, whole_numbers
+from djax.checks import INT32_MAX, boolean, plug, reading, real_number, show, type_name, whole_number, whole_numbers
 from djax.decoding import DECODERS
 from djax.decoding.contract import Decoder, Look, Tick, Verdict
 from djax.errors import BatchError, CanvasError, OptionError
@@ -162,7 +162,10 @@ def _with_values(plug: Any, name: str) -> Any:
             if traced or not isinstance(leaf, bool | int | float | np.generic | np.ndarray | jax.Array):
                 what = "a value that exists only while jax traces a function" if traced else show(leaf)
                 raise OptionError(f"{name}: expected numbers and arrays in its fields, got {what} in a {type_name(plug)}")
-            jax.eval_shape(lambda x: x, leaf)  # what jax takes for an array
+            if isinstance(leaf, int) and not -INT32_MAX <= leaf <= INT32_MAX:
+                raise OptionError(f"{name}: expected whole numbers of 32 bits in its fields, got {show(leaf)}")
+            if isinstance(leaf, np.ndarray | np.generic | jax.Array):
+                jax.eval_shape(lambda x: x, leaf)  # refuses arrays of objects
             if isinstance(leaf, jax.Array) and leaf.is_deleted():
                 raise OptionError(f"{name}: got an array that was donated or deleted in a {type_name(plug)}")
         hash((jax.tree.structure(plug), classes(plug)))  # part of a program's key

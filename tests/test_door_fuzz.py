@@ -153,7 +153,7 @@ NOTHING = [  # means no number anywhere
     *(lambda: len, lambda: int, lambda: np, lambda: jnp.float32, lambda: np.float32, lambda: djax.Threshold, lambda: ...),
     *(
         lambda: datetime.timedelta(3),
-        lambda: np.timedelta64(3),
+        lambda: np.timedelta64(3, "s"),
         lambda: np.timedelta64(3, "ns"),
         lambda: np.datetime64(3, "ns"),
     ),

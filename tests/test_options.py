@@ -344,7 +344,7 @@ def test_arrays_of_one_number_are_ids():
     [
         *(b"ab", bytearray(b"ab"), memoryview(b"ab"), [bytearray(b"ab")], iter([5]), (i for i in [5]), {5}),
         *(np.bool_(True), [np.bool_(True)], [True, 5], np.array(5), jnp.int32(5), np.array([5, 6], object)),
-        *(np.array([5, 6], "m8[ns]"), np.array([5, 6], "M8[s]"), [np.timedelta64(5)], [datetime.timedelta(5)]),
+        *(np.array([5, 6], "m8[ns]"), np.array([5, 6], "M8[s]"), [np.timedelta64(5, "s")], [datetime.timedelta(5)]),
         *(np.ma.array([5, 6], mask=[0, 1]), [np.ma.masked, 5], [np.ma.array([5, 6], mask=[1, 0]), [7]]),
         *(jax.random.key(0), [jax.random.key(0)], np.zeros((0, 3), int), range(10**12), np.broadcast_to(np.int32(5), 10**12)),
         {"ids": [5]},
@@ -401,7 +401,7 @@ NO_NUMBERS = [
         jnp.float32,
         jax.random.key(0),
         jax.ShapeDtypeStruct((), jnp.float32),
-        np.timedelta64(3),
+        np.timedelta64(3, "s"),
         np.timedelta64(3, "ns"),
     ),
     *(Raises(ValueError()), Raises(Panic()), Raises(RecursionError())),
