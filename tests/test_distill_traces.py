@@ -273,7 +273,7 @@ def test_verifiers_that_raise_hang_or_babble(recorded):
     assert list(recorded), "nothing is lost"
 
 
-IDS = [{"prompt": [1 + n, 2, 3], "result": n} for n in range(7)]
+IDS = [{"prompt": [1 + n, 2, 3], "result": n} for n in range(30)]
 SAMPLED = dict(samples=2, seed=5, temperature=0.7, gen_length=16, block_length=8, max_batch=2)
 
 
@@ -296,7 +296,7 @@ def test_a_recording_that_is_killed_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(distill.recording, "PART", 2)
     record_in(tmp_path / "whole")
     whole, left = contents(tmp_path / "whole"), []
-    assert len(whole) == 1 + 7
+    assert len(whole) == 1 + 30
 
     def check():
         there = contents(tmp_path / "s") if (tmp_path / "s").exists() else {}
@@ -309,5 +309,5 @@ def test_a_recording_that_is_killed_goes_on(tmp_path, monkeypatch):
     def begin(die):
         return killed.start(record_in, tmp_path / "s", die)
 
-    killed.kill_at_moments(int(killed.MOMENTS or 3), begin, (tmp_path / "s").exists, check, "recording")
+    killed.kill_at_moments(int(killed.MOMENTS or 3), begin, (tmp_path / "s" / "part-00000.npz").exists, check, "recording")
     print("files left by each:", left[2:])
