@@ -100,7 +100,8 @@ class Engine:
         """Go on, and return the rows that have ended, by slot; their slots are free then.
 
         turns: of the loop, at most; None for no bound. until: "end" of all rows, a "row" that ends, or a "block" that some row
-        finishes. Raises `TripCapError` if a decoder breaks its invariant of progress.
+        finishes. Raises `TripCapError` for rows whose decoder breaks its invariant of progress: they leave, and the next call
+        returns the others.
         """
         turns = 2**31 - 1 if turns is None else whole_number(turns, "turns", at_least=1)
         until = word(until, "until", tuple(EVENTS))
@@ -108,13 +109,15 @@ class Engine:
             return {}
         self._carry = self._call("run", run, self._carry, jnp.int32(turns), jnp.int32(EVENTS[until]), donate=True)
         rows = self._carry.rows
-        active, stuck = (np.asarray(a) for a in (rows.active, rows.iteration >= self._carry.asks.cap))
-        ended = [b for b in self._waiting if not active[b]]
-        if any(active[b] and stuck[b] for b in self._waiting):
-            host = jax.device_get(rows._replace(decoder=(), soft=()))
-            found = {b: read_row(self._model, host, b, request, 0, _NO_TIME) for b, request in self._waiting.items()}
-            raise unfinished(host, found, int(self._carry.asks.cap.max()), self._asked)
-        host = jax.device_get(rows._replace(decoder=(), soft=())) if ended else rows
+        active, spent = (np.asarray(a) for a in (rows.active, rows.iteration >= self._carry.asks.cap))
+        ended = [b for b in self._waiting if not active[b] or spent[b]]
+        if not ended:
+            return {}
+        host = jax.device_get(rows._replace(decoder=(), soft=()))
+        if stuck := [b for b in ended if active[b]]:
+            asked = {b: self._waiting.pop(b) for b in stuck}
+            found = {b: read_row(self._model, host, b, request, 0, _NO_TIME) for b, request in asked.items()}
+            raise unfinished(stuck, found, max(int(request.cap[0]) for request in asked.values()), self._asked)
         return {b: read_row(self._model, host, b, self._waiting.pop(b), 0, _NO_TIME) for b in ended}
 
     def look(self, b: int) -> np.ndarray:

@@ -179,14 +179,14 @@ def _run(model: Model, asked: Asked, ask: Request) -> list[Generation]:
     places = {b: (ask, b) for b in range(len(ask.prompt)) if ask.total[b]}
     generations = {b: read_row(model, rows, b, *place, timing) for b, place in places.items()}
     if rows.active.any():
-        raise unfinished(rows, generations, ask.cap.max(), asked)
+        raise unfinished(np.flatnonzero(rows.active).tolist(), generations, ask.cap.max(), asked)
     return list(generations.values())
 
 
-def unfinished(rows: Rows, generations: Mapping[int, Generation], turns: int, asked: Asked) -> TripCapError:
-    """The error for rows that spent their cap; `generations` are all rows as far as they came, by their place."""
+def unfinished(rows: list[int], generations: Mapping[int, Generation], turns: int, asked: Asked) -> TripCapError:
+    """The error for rows that spent their cap; `generations` are rows as far as they came, by their place."""
     return TripCapError(
-        f"rows {np.flatnonzero(rows.active).tolist()} still hold masks after {turns} turns: either the model's "
+        f"rows {rows} still hold masks after {turns} turns: either the model's "
         f"logits are not finite (look at djax.logits), or the decoder {type(asked.plugs[0]).__name__} accepted nothing in "
         "some turn, against its contract (djax/decoding/contract.py); the error's `generations` have the trace so far",
         list(generations.values()),
