@@ -158,7 +158,7 @@ def _remove(partial: Path, lock: IO[bytes], process: int) -> None:
                 _empty(partial)
                 partial.rmdir()
             away = 0 if os.path.lexists(partial) else away + 1
-            if away == 2:
+            if away == 6:
                 break
             time.sleep(0.02)
         lock.close()

@@ -241,6 +241,8 @@ def _chat(messages: list[Any], where: str) -> Chat:
 def _plain(value: Any, where: str, depth: int = 0) -> Any:
     if depth > _DEEPEST:
         raise PromptError(f"{where}: expected chat messages, got values nested deeper than {_DEEPEST}")
+    if isinstance(value, np.generic) and value.dtype.kind in "biuf":
+        value = value.item()
     if value is None or type(value) is bool:  # isinstance believes a class that says it is another
         return value
     if isinstance(value, str):
