@@ -234,7 +234,7 @@ def test_filtering_counts_keeps_scores_and_says_when_nothing_is_left(recorded):
     right = [p["result"] == problems.stated_result(t.text) for p, t in zip(PROBLEMS, recorded, strict=True)]
     kept = distill.keep(recorded, "exact")
     assert [t.text for t in kept] == [t.text for t, r in zip(recorded, right, strict=True) if r]
-    file = recorded.directory / "part-00000.npz.exact.json"
+    file = recorded.directory / "part-00000.npz.exact-2.json"
     assert json.loads(file.read_text()) == [float(r) for r in right]
     for spoiled in ("[", '{"a": 1}', "[1.0]", '["1"]'):
         file.write_text(spoiled)

@@ -27,6 +27,8 @@ from djax.source import name_of
 
 MANIFEST, FORMAT = "store.json", 1
 _PART = "part-{:05d}.npz"
+# Of the verifiers that ship. 2: `exact` reads whole numbers, `python` runs under the system's limits.
+_RULES = 2
 # Bounds of what is read: bytes of a part, unpacked, and positions of a canvas.
 LARGEST, LONGEST = 1 << 30, 1 << 20
 NUMBERS = ("seed", "prompt", "start", "block", "forwards")
@@ -194,7 +196,8 @@ class Store:
         _write(self._scores(n, verifier), json.dumps(list(scores)))
 
     def _scores(self, n: int, verifier: str) -> Path:
-        return self.directory / f"{_PART.format(n)}.{verifier}.json"
+        # Scores of a verifier that judged otherwise once are not read: raise the number with its rule.
+        return self.directory / f"{_PART.format(n)}.{verifier}-{_RULES}.json"
 
     def __iter__(self) -> Iterator[Trajectory]:
         for n in range(self.parts):
