@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from djax.decoding.contract import Decoder, Tick, candidates, first_best
+from djax.decoding.contract import Decoder, Look, Verdict, candidates, first_best, write
 from djax.generate import Generation, generate
 from djax.pytree import pytree
 from djax.request import bucket
@@ -21,36 +21,30 @@ from djax.request import bucket
 
 @pytree
 @dataclasses.dataclass(frozen=True, eq=False)
-class Oracle:
-    """answers: int32 `[B, blocks, S]`, what each row's blocks say in the end."""
+class Oracle(Decoder):
+    """answers: int32 `[blocks, S]`, what the row's blocks say in the end."""
 
     answers: jax.Array
 
-    def init(self, rows: int, block: int, vocab: int) -> jax.Array:
-        """The answers themselves: a state goes with its row, also where a forward runs that row alone."""
-        del rows, block, vocab
-        return self.answers
-
-    def step(
-        self, state: Any, logits: jax.Array, masked: jax.Array, tick: Tick, key: jax.Array | None
-    ) -> tuple[Any, jax.Array, jax.Array]:
-        tokens, confidence, _ = candidates(logits, masked, tick, key)
-        answer = jnp.take_along_axis(state, tick.block[:, None, None], axis=1)[:, 0]
-        right = masked & (tokens == answer)
-        given = masked & first_best(jnp.where(masked, confidence, -jnp.inf)) & ~jnp.any(right, axis=-1, keepdims=True)
-        return state, answer, right | given
+    def step(self, state: Any, look: Look) -> tuple[Any, Verdict]:
+        tokens, confidence, _ = candidates(look)
+        answer = self.answers[look.tick.block]
+        right = look.masked & (tokens == answer)
+        given = look.masked & first_best(jnp.where(look.masked, confidence, -jnp.inf)) & ~jnp.any(right)
+        return state, write(look, answer, right | given)
 
 
 def answer(model: Any, questions: list[str], *, block_length: int, decoder: Decoder, **options: Any) -> list[Generation]:
-    """`djax.generate` with the oracle in the place of `decoder`, whose answers without cache and smoothing it knows."""
+    """`djax.generate` with oracles in the place of `decoder`, whose answers without cache and smoothing they know."""
     known = _known(model, tuple(questions), options["gen_length"], block_length, decoder)
     count = -(-bucket(max(len(one.canvas) for one in known)) // block_length)
-    blocks = np.full((len(known), count * block_length), model.config.eos_id, np.int32)
-    for row, one in zip(blocks, known, strict=True):
+    oracles = []
+    for one in known:
+        blocks = np.full(count * block_length, model.config.eos_id, np.int32)
         start = one.prompt_length // block_length * block_length
-        row[: len(one.canvas) - start] = one.canvas[start:]
-    oracle = Oracle(blocks.reshape(len(known), count, block_length))
-    return generate(model, questions, block_length=block_length, decoder=oracle, **options)
+        blocks[: len(one.canvas) - start] = one.canvas[start:]
+        oracles.append(Oracle(blocks.reshape(count, block_length)))
+    return generate(model, questions, block_length=block_length, decoder=oracles, **options)
 
 
 @functools.cache

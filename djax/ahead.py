@@ -75,6 +75,9 @@ def export_program(
         )
     if model.mesh is not None:
         raise OptionError("export_program: expected a model on one device, this one lies on a mesh; load it without one")
+    for name in ("decoder", "cache", "smoothing"):
+        if type(options.get(name)) in (list, tuple):
+            raise OptionError(f"{name}: expected one for all rows, since an exported program takes one set of numbers")
     asked = _asked(model, prompt_length, rows, options, "export_program")
     (request,), numbers = asked.asks, jax.tree.leaves(asked.plugs)
     spec, request = asked.spec(model, request), request._replace(numbers=())

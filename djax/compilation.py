@@ -27,7 +27,7 @@ def compile_cache(directory: str | os.PathLike | None) -> None:
     directory: an absolute path on a local disk; ~ is expanded. It is made private, with `OptionError` where it cannot be
     (`private_directory`), or where it holds what another user put there. For a remote cache use jax's own setting instead.
     """
-    _keep_in(directory if directory is None else path(directory, "directory"), "compile cache")
+    _keep_in(directory if directory is None else path(directory, "compile cache"), "compile cache")
 
 
 def enable_cache() -> None:

@@ -69,6 +69,9 @@ def explain(model: Model, prompts: Any, **options: Any) -> Explanation | list[Ex
 
     Takes the same options and raises the same errors.
     """
+    for name in ("decoder", "cache", "smoothing"):
+        if type(options.get(name)) in (list, tuple):
+            raise OptionError(f"{name}: expected one for all prompts; explain one prompt at a time")
     asked = ask(model, prompts, options, "explain")
     out = [
         Explanation(_facts(model, asked, group, b), _blocks(model, asked, group, b))

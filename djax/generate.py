@@ -83,12 +83,12 @@ def generate(
     gen_length: int | Sequence[int] = 128,
     min_gen_length: int | Sequence[int] = 0,
     block_length: int = 32,
-    decoder: Decoder = Threshold(),  # noqa: B008  (frozen, so one default for all calls is one value)
-    cache: Policy | None = None,
-    smoothing: Smoothing | None = None,
-    temperature: float = 0.0,
+    decoder: Decoder | Sequence[Decoder] = Threshold(),  # noqa: B008  (frozen, so one default for all calls is one value)
+    cache: Policy | Sequence[Policy] | None = None,
+    smoothing: Smoothing | Sequence[Smoothing] | None = None,
+    temperature: float | Sequence[float] = 0.0,
     seed: int | Sequence[int] = 0,
-    early_stop: bool = True,
+    early_stop: bool | Sequence[bool] = True,
     align_blocks: bool = True,
     trace: bool = False,
     max_batch: int | None = None,
@@ -111,6 +111,9 @@ def generate(
                   first block may begin inside the prompt; otherwise at the prompt's end.
     trace:        record every forward in `Generation.trace`. Changes neither tokens nor counts.
     max_batch:    at most this many prompts a program; more are decoded in groups. Changes no answer.
+
+    decoder, cache, smoothing, temperature and early_stop may also be lists with one for each prompt: numbers may differ, kinds
+    and static fields may not.
 
     Law: each row gets the canvas, forwards and refreshes it gets alone (float32, ties apart), whatever the batch.
     Raises `OptionError`, `PromptError`, `CanvasError` or `BatchError` before anything compiles, `TripCapError` if a

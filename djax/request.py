@@ -72,10 +72,7 @@ def prepare(
     """
     known_model(model)
     block_length = whole_number(block_length, "block_length", at_least=1)
-    temperature = real_number(temperature, "temperature", at_least=0.0)
-    early_stop, align_blocks = boolean(early_stop, "early_stop"), boolean(align_blocks, "align_blocks")
-    trace = boolean(trace, "trace")
-    plugs = _plugs(model, decoder, cache, smoothing)
+    align_blocks, trace = boolean(align_blocks, "align_blocks"), boolean(trace, "trace")
     if model.block_causal and not align_blocks:
         raise OptionError(
             "align_blocks: expected True, since this family's blocks are counted from the canvas' start; got False"
@@ -85,6 +82,9 @@ def prepare(
     seeds = whole_numbers(seed, "seed", count, at_least=0, at_most=2**32 - 1)
     lengths = whole_numbers(gen_length, "gen_length", count, at_least=1)
     least = whole_numbers(min_gen_length, "min_gen_length", count, at_least=0)
+    heats = [real_number(one, "temperature", at_least=0.0) for one in _one_each(temperature, "temperature", count)]
+    stops = [boolean(one, "early_stop") for one in _one_each(early_stop, "early_stop", count)]
+    plugs, each = _plugs_each(model, decoder, cache, smoothing, count)
     for i, prompt in enumerate(ids):
         if model.block_causal:
             lengths[i] += -(len(prompt) + lengths[i]) % block_length
@@ -97,18 +97,45 @@ def prepare(
             gen_length=lengths[i : i + group],
             min_gen_length=least[i : i + group],
             block=block_length,
-            temperature=temperature,
-            early_stop=early_stop,
+            temperature=heats[i : i + group],
+            early_stop=stops[i : i + group],
             align_blocks=align_blocks,
-            plugs=plugs,
+            plugs=each[i : i + group],
         )
         for i in range(0, count, group)
     ]
-    asked = Asked(asks, plugs, block_length, temperature > 0 or plugs[0].draws, trace, single)
+    asked = Asked(asks, plugs, block_length, max(heats) > 0 or plugs[0].draws, trace, single)
     _try_plugs(model, asks[0], plugs, asked.block(asks[0]), asked.sampled)
     for ask in asks:
         _check_memory(model, ask, plugs, asked.block(ask))
     return asked
+
+
+def _one_each(value: Any, name: str, count: int) -> list[Any]:
+    """One value for all prompts, or a list with one for each."""
+    if type(value) not in (list, tuple):
+        return [value] * count
+    if len(value) != count:
+        raise OptionError(f"{name}: expected one, or a list with one for each of the {count} prompts, got {len(value)}")
+    return list(value)
+
+
+def _plugs_each(model: Model, decoder: Any, cache: Any, smoothing: Any, count: int) -> tuple[Plugs, list[Plugs]]:
+    """The first prompt's plugs, and each prompt's: of one kind with equal static fields, since one program serves them."""
+    named = dict(decoder=decoder, cache=cache, smoothing=smoothing)
+    if not any(type(value) in (list, tuple) for value in named.values()):
+        plugs = _plugs(model, decoder, cache, smoothing)
+        return plugs, [plugs] * count
+    columns = [_one_each(value, name, count) for name, value in named.items()]
+    each = [_plugs(model, *row) for row in zip(*columns, strict=True)]
+    for n, name in enumerate(named):
+        kinds = {(jax.tree.structure(row[n]), classes(row[n])) for row in each}
+        shapes = {tuple(np.shape(leaf) for leaf in jax.tree.leaves(row[n])) for row in each}
+        if len(kinds) > 1 or len(shapes) > 1:
+            raise OptionError(
+                f"{name}: expected one kind with equal static fields in all prompts of a call, got {show(named[name])}"
+            )
+    return each[0], each
 
 
 def _plugs(model: Model, decoder: Any, cache: Any, smoothing: Any) -> Plugs:
@@ -277,10 +304,10 @@ def request(
     gen_length: Sequence[int],
     min_gen_length: Sequence[int],
     block: int,
-    temperature: float = 0.0,
-    plugs: Plugs,
-    early_stop: bool = True,
-    align_blocks: bool = True,
+    temperature: Sequence[float],
+    early_stop: Sequence[bool],
+    align_blocks: bool,
+    plugs: Sequence[Plugs],
 ) -> Request:
     """Lay the prompts out as canvases. Rows beyond the prompts have an empty canvas and never start."""
     empty = [0] * (rows - len(ids))
@@ -298,12 +325,22 @@ def request(
         least=prompt + np.array([*min_gen_length, *empty], np.int32),
         start=start,
         seed=np.array([*seeds, *empty], np.uint32),
-        temperature=np.full(rows, temperature, np.float32),
-        early_stop=np.full(rows, early_stop),
+        temperature=np.array([*temperature, *empty], np.float32),
+        early_stop=np.array([*early_stop, *empty], bool),
         # Every turn of an unfinished row writes a token, or is one of its block's post-steps.
-        cap=total - prompt + -(-(total - start) // block) * np.int32(plugs[0].post_steps),
-        numbers=tuple(np.broadcast_to(np.asarray(n, _dtype(n)), (rows, *np.shape(n))) for n in jax.tree.leaves(plugs)),
+        cap=total - prompt + -(-(total - start) // block) * np.int32(plugs[0][0].post_steps),
+        numbers=_numbers(plugs, rows),
     )
+
+
+def _numbers(plugs: Sequence[Plugs], rows: int) -> tuple[np.ndarray, ...]:
+    """The leaves of the plugs, each with one entry a row; rows without a prompt have the first one's."""
+    if all(one is plugs[0] for one in plugs):
+        leaves = [np.asarray(n, _dtype(n)) for n in jax.tree.leaves(plugs[0])]
+        return tuple(np.broadcast_to(n, (rows, *n.shape)) for n in leaves)
+    padded = [*plugs, *[plugs[0]] * (rows - len(plugs))]
+    each = zip(*map(jax.tree.leaves, padded), strict=True)
+    return tuple(np.stack([np.asarray(n, _dtype(column[0])) for n in column]) for column in each)
 
 
 def _dtype(number: Any) -> Any:

@@ -423,14 +423,15 @@ FORGE = {
         "import _thread, sys\nsys.excepthook = lambda *a: None\n_thread.interrupt_main()\n" + BAD
     ),
     "text on every descriptor": (
-        "import os\nfor fd in range(64):\n    try:\n        os.write(fd, b'f' * 32)\n    except OSError:\n        pass\n" + BAD
+        "import os\nfor fd in range(5000):\n    try:\n        os.write(fd, b'f' * 32)\n    except OSError:\n        pass\n"
+        + BAD
     ),
     "much text on every descriptor": (
         "import os\nfor fd in range(3, 64):\n    try:\n        for _ in range(1000): os.write(fd, b'x' * 100000)\n"
         "    except OSError:\n        pass\n" + BAD
     ),
     "every descriptor closed": "import os\nos.closerange(0, 64)\n" + BAD,
-    "each descriptor closed": "import os\nfor fd in range(64):\n    try:\n        os.close(fd)\n    except OSError: pass\n"
+    "each descriptor closed": "import os\nfor fd in range(5000):\n    try:\n        os.close(fd)\n    except OSError: pass\n"
     + GOOD,
     "text that closes the tests": "x = '''\n" + BAD,
     "a line that goes on": BAD + "\\",

@@ -40,14 +40,14 @@ ALLOWED = {
         *("errors", "checks", "compilation", "models.quantized", "native", "process", "programs", "prompts", "sharding"),
     ),
     "djax/program.py": (
-        *("caching.contract", "decoding.contract", "models.layers", "native", "process", "sharding", "smoothing", "trace"),
+        *("caching.contract", "decoding.contract", "decoding.not_before", "models.layers", "process", "smoothing", "trace"),
     ),
     "djax/checkpoint.py": (
         *("errors", "checks", "convert", "directories", "model", "models", "process", "sharding", "source"),
     ),
     "djax/conversion.py": ("errors", "files", "convert", "checkpoint", "directories", "process", "source"),
     "djax/request.py": (
-        *("errors", "checks", "text", "plugs", "pytree", "model", "program"),
+        *("errors", "checks", "text", "plugs", "process", "pytree", "model", "program"),
         *("caching", "decoding", "smoothing"),
     ),
     "djax/generate.py": (
@@ -65,6 +65,9 @@ ALLOWED = {
             "sharding",
         ),
         *("caching.contract", "decoding", "smoothing", "trace"),
+    ),
+    "djax/engine.py": (
+        *("errors", "checks", "compilation", "generate", "model", "native", "process", "program", "programs", "request"),
     ),
     "djax/explain.py": ("errors", "checks", "decoding.contract", "generate", "model", "process", "program", "request"),
     "djax/ahead.py": (

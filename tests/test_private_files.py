@@ -242,7 +242,7 @@ def test_no_home_and_nobody_in_the_password_database(tmp_path):
 
 def test_homes_of_nobody(small):
     for call in (djax.load, partial(djax.save, small), partial(djax.export_hf, small)):
-        with pytest.raises(DjaxError, match="~nobody-of-this-name is no known home directory"):
+        with pytest.raises(DjaxError, match=r"~nobody-of-this-name.* is no"):
             call("~nobody-of-this-name/x")
     with pytest.raises(PathError):
         djax.load("~nobody-of-this-name")

@@ -342,7 +342,7 @@ def test_the_error_at_the_cap_has_what_was_decoded(small):
         djax.generate(model, prompts, **options)
     # Blocks from 0 and from 8 on: the first one of each row holds 4, 8 and 5 masks.
     stuck, other, done = error.value.generations
-    for out, prompt, accepted, forwards in ((stuck, prompts[0], 4, 20), (other, prompts[1], 8, 20), (done, prompts[2], 5, 5)):
+    for out, prompt, accepted, forwards in ((stuck, prompts[0], 4, 20), (other, prompts[1], 8, 11), (done, prompts[2], 5, 5)):
         end = len(prompt) + accepted
         assert out.canvas.tolist() == prompt + [65] * accepted + [ids["mask_id"]] * (len(out.canvas) - end)
         assert out.tokens.tolist() == [65] * accepted

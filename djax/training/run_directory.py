@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from djax.errors import DjaxError, OptionError, TrainingError
+from djax.errors import CheckpointError, DjaxError, OptionError, TrainingError
 from djax.files import parse_json, read_text, write
 
 
@@ -15,9 +15,9 @@ def writing(directory: Path) -> Iterator[None]:
     """What files and Orbax raise while the disk is full, or a directory is gone, as `TrainingError`."""
     try:
         yield
-    except DjaxError:
-        raise
     except Exception as error:  # Orbax and tensorstore raise many kinds
+        if isinstance(error, DjaxError) and not isinstance(error, CheckpointError):
+            raise
         raise TrainingError(
             f"{directory}: cannot be written: {error}; what was saved before is there, start again to go on"
         ) from error
