@@ -21,7 +21,7 @@ from djax.generate import ask, compiled
 from djax.model import Model, computing, known_model
 from djax.process import with_own_settings
 from djax.program import Request, Rows, decode
-from djax.request import Asked
+from djax.request import Asked, dtype_of
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 PROGRAM, PARAMETERS, MANIFEST = "program.jaxexport", "parameters.safetensors", "manifest.json"
@@ -82,7 +82,7 @@ def export_program(
     (request,), numbers = asked.asks, jax.tree.leaves(asked.plugs)
     spec, request = asked.spec(model, request), request._replace(numbers=())
     parameters = {".".join(path): leaf for path, leaf in traverse_util.flatten_dict(model.params).items()}
-    numbers = [np.asarray(n, np.float32 if isinstance(n, float) else np.int32) for n in numbers]
+    numbers = [np.asarray(n, dtype_of(n)) for n in numbers]
 
     def program(parameters: dict[str, Any], request: dict[str, Any], numbers: list[Any]) -> dict[str, Any]:
         params = traverse_util.unflatten_dict(parameters, sep=".")
@@ -99,7 +99,7 @@ def export_program(
         "jax": jax.__version__,
         "platform": platform,
         "request": {name: {"shape": list(a.shape), "dtype": str(a.dtype)} for name, a in fields.items()},
-        "numbers": [n.item() for n in numbers],
+        "numbers": [n.tolist() for n in numbers],
         "decoder, cache, smoothing": [repr(p) for p in asked.plugs],
         "mask_id": model.config.mask_id,
         "eos_id": model.config.eos_id,

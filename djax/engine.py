@@ -1,5 +1,7 @@
 """Rows that join and leave: a decode as a value that goes on, for servers and for whoever wants to look in between."""
 
+import dataclasses
+import threading
 from functools import partial
 from typing import Any
 
@@ -7,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from djax.checks import show, whole_number, word
+from djax.checks import boolean, show, whole_number, word
 from djax.compilation import enable_cache
 from djax.errors import BatchError, CanvasError, OptionError
 from djax.generate import Generation, Timing, ask, read_row, unfinished
@@ -16,6 +18,7 @@ from djax.native import kernels_wanted
 from djax.process import with_own_settings
 from djax.program import BLOCK_FINISHED, NO_EVENT, ROW_ENDED, Request, join, run, start
 from djax.programs import PROGRAMS, kinds
+from djax.request import Asked, check_memory
 
 _NO_TIME = Timing(0.0, 0.0)  # of a row alone there is none: all share the device
 EVENTS = {"end": NO_EVENT, "row": ROW_ENDED, "block": BLOCK_FINISHED}
@@ -24,39 +27,50 @@ EVENTS = {"end": NO_EVENT, "row": ROW_ENDED, "block": BLOCK_FINISHED}
 class Engine:
     """Slots for `rows` prompts on canvases of up to `canvas` positions, all decoded by one compiled loop.
 
-    model, options: as for `djax.generate`; the options are the defaults of `join`. What is static (block_length,
-    the kinds of decoder, cache and smoothing and their static fields) holds for every row, all numbers may differ by row. trace
-    records every forward of every row.
+    model, options: as for `djax.generate`; the options are the defaults of `join`. What is static (block_length, the kinds of
+    decoder, cache and smoothing and their static fields, trace) holds for every row, all numbers may differ by row.
+    draws: whether rows may have a temperature above 0; without, no noise is made for those at 0.
 
     Invariant: a row gets the canvas, forwards and refreshes that `djax.generate` gives it alone (float32, ties apart), whenever
-    it joins and whoever else is there. Joining, running and leaving compile nothing after the first time.
+    it joins and whoever else is there. Joining, running and leaving compile nothing after the first time. Methods may be called
+    from any thread; one runs at a time.
     """
 
     @with_own_settings
-    def __init__(self, model: Model, *, rows: int = 4, canvas: int = 256, **options: Any) -> None:
+    def __init__(self, model: Model, *, rows: int = 4, canvas: int = 256, draws: bool = True, **options: Any) -> None:
         known_model(model)
         if model.mesh is not None:
             raise OptionError("Engine: expected a model on one device, this one lies on a mesh; load it without one")
         if options.get("max_batch") is not None:
             raise OptionError(f"max_batch: expected None, the rows of an engine are `rows`; got {show(options['max_batch'])}")
         rows, canvas = whole_number(rows, "rows", at_least=1), whole_number(canvas, "canvas", at_least=2)
-        self._model, self._options = model, options
+        if canvas > model.config.max_positions:
+            raise CanvasError(f"canvas: expected at most the model's {model.config.max_positions} positions, got {canvas}")
         token = int(model.config.mask_id == 0)
-        # A request of this width, for its static parts; temperature 1 makes room for rows that are drawn.
-        wide = options | {"gen_length": canvas - 1, "min_gen_length": 0, "temperature": 1.0}
+        # A request of this width, for its static parts.
+        wide = options | {"gen_length": canvas - 1, "min_gen_length": 0}
         asked = ask(model, np.full((1, 1), token), wide, "Engine")
-        self._asked, self._spec = asked, asked.spec(model, asked.asks[0])
-        self._length = asked.asks[0].tokens.shape[1]
-        empty = jax.tree.map(lambda a: np.zeros((rows, *a.shape[1:]), a.dtype), asked.asks[0])
-        numbers = jax.tree.map(lambda a: np.repeat(a, rows, axis=0), asked.asks[0].numbers)
-        enable_cache()
-        self._carry = self._call("start", start, empty._replace(numbers=numbers))
+        sampled = boolean(draws, "draws") or asked.sampled
+        asked = dataclasses.replace(asked, sampled=sampled)
+        self._model, self._options, self._asked = model, options, asked
+        self._spec, self._length = asked.spec(model, asked.asks[0]), asked.asks[0].tokens.shape[1]
+        # Nobody is there yet: an empty canvas in every slot, under the numbers of the defaults.
+        # However many there are, they take no memory before they are found to fit.
+        empty = jax.tree.map(lambda a: np.broadcast_to(a.dtype.type(0), (rows, *a.shape[1:])), asked.asks[0])
+        numbers = jax.tree.map(lambda a: np.broadcast_to(a[0], (rows, *a.shape[1:])), asked.asks[0].numbers)
+        empty = empty._replace(numbers=numbers)
+        check_memory(model, empty, asked.plugs, self._spec.block)
+        self._lock, self._broken = threading.RLock(), False
         self._waiting: dict[int, Request] = {}
+        self._rows = rows
+        enable_cache()
+        self._carry = self._call("start", start, empty)
 
     @property
     def free(self) -> list[int]:
         """The slots that a prompt may join."""
-        return [b for b in range(self._carry.rows.active.shape[0]) if b not in self._waiting]
+        with self._lock:
+            return [b for b in range(self._rows) if b not in self._waiting]
 
     @with_own_settings
     def join(self, prompt: Any, **options: Any) -> int:
@@ -65,35 +79,37 @@ class Engine:
         Raises `BatchError` if no slot is free, `CanvasError` for a request wider than the canvas, `OptionError` for one whose
         static parts are not the engine's, and `generate`'s errors, all before anything runs.
         """
-        if not self.free:
-            raise BatchError(f"Engine: all {len(self._waiting)} slots are taken; run until a row ends, or make more rows")
-        asked = ask(self._model, prompt, self._options | {"gen_length": 128} | options, "join")
+        asked = ask(self._model, prompt, self._options | options, "join")
         if len(asked.asks) != 1 or np.count_nonzero(asked.asks[0].total) != 1:
             raise OptionError("prompt: expected one prompt; join several one after another")
         request = asked.asks[0]
-        total, width = int(request.total[0]), request.tokens.shape[1]
+        self._check(asked, request)
+        tokens = np.full((1, self._length), self._model.config.eos_id, np.int32)
+        width = min(request.tokens.shape[1], self._length)
+        tokens[:, :width] = request.tokens[:, :width]
+        request = request._replace(tokens=tokens)
+        with self._lock:
+            if not self.free:
+                raise BatchError(f"Engine: all {self._rows} slots are taken; run until a row ends, or make more rows")
+            b = self.free[0]
+            self._carry = self._call("join", join, self._carry, request, jnp.int32(b), donate=True)
+            self._waiting[b] = request
+        return b
+
+    def _check(self, asked: Asked, request: Request) -> None:
+        total, ours, spec = int(request.total[0]), self._spec, asked.spec(self._model, request)
         if total > self._length:
             raise CanvasError(f"prompt and gen_length: {total} positions, the engine's canvas has {self._length}")
-        spec = asked.spec(self._model, request)
-        ours = self._spec
-        differ = [
-            name
-            for name, one, other in (
-                ("block_length", asked.block_length, self._asked.block_length),
-                ("decoder, cache or smoothing", (spec.plugs, spec.kinds), (ours.plugs, ours.kinds)),
-                ("trace", spec.traced, ours.traced),
-            )
-            if one != other
-        ]
-        if differ:
-            raise OptionError(f"{differ[0]}: expected what the engine was made with, since its program is compiled for that")
-        tokens = np.full((1, self._length), self._model.config.eos_id, np.int32)
-        tokens[:, :width] = request.tokens[:, : self._length]
-        request = request._replace(tokens=tokens)
-        b = self.free[0]
-        self._carry = self._call("join", join, self._carry, request, jnp.int32(b), donate=True)
-        self._waiting[b] = request
-        return b
+        if asked.sampled and not ours.sampled:
+            raise OptionError("temperature: expected 0 in an engine that was made with draws=False")
+        shapes = [[(n.shape[1:], n.dtype) for n in numbers] for numbers in (request.numbers, self._asked.asks[0].numbers)]
+        for name, one, other in (
+            ("block_length", asked.block_length, self._asked.block_length),
+            ("decoder, cache or smoothing", (spec.plugs, spec.kinds, shapes[0]), (ours.plugs, ours.kinds, shapes[1])),
+            ("trace", spec.traced, ours.traced),
+        ):
+            if one != other:
+                raise OptionError(f"{name}: expected what the engine was made with, since its program is compiled for that")
 
     @with_own_settings
     def run(self, turns: int | None = None, until: str = "end") -> dict[int, Generation]:
@@ -105,27 +121,39 @@ class Engine:
         """
         turns = 2**31 - 1 if turns is None else whole_number(turns, "turns", at_least=1)
         until = word(until, "until", tuple(EVENTS))
-        if not self._waiting:
-            return {}
-        self._carry = self._call("run", run, self._carry, jnp.int32(turns), jnp.int32(EVENTS[until]), donate=True)
-        rows = self._carry.rows
-        active, spent = (np.asarray(a) for a in (rows.active, rows.iteration >= self._carry.asks.cap))
-        ended = [b for b in self._waiting if not active[b] or spent[b]]
-        if not ended:
-            return {}
-        host = jax.device_get(rows._replace(decoder=(), soft=()))
-        if stuck := [b for b in ended if active[b]]:
-            asked = {b: self._waiting.pop(b) for b in stuck}
-            found = {b: read_row(self._model, host, b, request, 0, _NO_TIME) for b, request in asked.items()}
-            raise unfinished(stuck, found, max(int(request.cap[0]) for request in asked.values()), self._asked)
-        return {b: read_row(self._model, host, b, self._waiting.pop(b), 0, _NO_TIME) for b in ended}
+        with self._lock:
+            if not self._waiting:
+                return {}
+            self._carry = self._call("run", run, self._carry, jnp.int32(turns), jnp.int32(EVENTS[until]), donate=True)
+            rows = self._carry.rows
+            active, spent = (np.asarray(a) for a in (rows.active, rows.iteration >= self._carry.asks.cap))
+            ended = {b: request for b, request in self._waiting.items() if not active[b] or spent[b]}
+            if not ended:
+                return {}
+            host = jax.device_get(rows._replace(decoder=(), soft=()))
+            stuck = [b for b in ended if active[b]]
+            leaving = {b: ended[b] for b in stuck} if stuck else ended
+            try:
+                found = {b: read_row(self._model, host, b, request, 0, _NO_TIME) for b, request in leaving.items()}
+            finally:
+                for b in leaving:
+                    del self._waiting[b]
+        if stuck:
+            raise unfinished(stuck, found, max(int(request.cap[0]) for request in leaving.values()), self._asked)
+        return found
 
+    @with_own_settings
     def look(self, b: int) -> np.ndarray:
         """The canvas of a slot's row as it stands, int32 `[L]`; the mask id where nothing is decided yet."""
-        return np.asarray(self._carry.rows.tokens[b, : int(self._waiting[b].total[0])])
+        with self._lock:
+            if b not in self._waiting:
+                raise OptionError(f"b: expected a slot that a prompt has joined, {sorted(self._waiting)}, got {show(b)}")
+            return np.asarray(self._carry.rows.tokens)[b, : int(self._waiting[b].total[0])]
 
     def _call(self, name: str, function: Any, *arguments: Any, donate: bool = False) -> Any:
         """Run one of the three programs, compiled once for the shapes of its arguments."""
+        if self._broken:
+            raise BatchError("Engine: an earlier call failed on the device, and its rows with it; make a new engine")
         arguments = (self._model.params, *arguments)
         program = partial(function, spec=self._spec)
         key = name, kinds(arguments), self._spec, kernels_wanted()
@@ -134,4 +162,12 @@ class Engine:
             with computing(self._model):
                 return jax.jit(program, donate_argnums=(1,) if donate else ()).lower(*arguments).compile()
 
-        return PROGRAMS.get(key, compile_program)[0](*arguments)
+        compiled = PROGRAMS.get(key, compile_program)[0]
+        try:
+            return jax.block_until_ready(compiled(*arguments))
+        except BaseException as error:
+            # What was donated is gone.
+            self._broken = donate
+            if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+                raise BatchError(f"Engine: {self._rows} rows need more memory than the device has left") from error
+            raise

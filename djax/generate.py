@@ -182,7 +182,7 @@ def _run(model: Model, asked: Asked, ask: Request) -> list[Generation]:
     places = {b: (ask, b) for b in range(len(ask.prompt)) if ask.total[b]}
     generations = {b: read_row(model, rows, b, *place, timing) for b, place in places.items()}
     if rows.active.any():
-        raise unfinished(np.flatnonzero(rows.active).tolist(), generations, ask.cap.max(), asked)
+        raise unfinished(np.flatnonzero(rows.active).tolist(), generations, ask.cap[rows.active].max(), asked)
     return list(generations.values())
 
 

@@ -193,8 +193,8 @@ def start(params: Any, ask: Request, *, spec: Spec) -> Carry:
 
 
 def join(params: Any, carry: Carry, ask: Request, b: jax.Array, *, spec: Spec) -> Carry:
-    """The carry with the one row of `ask` in slot b, whose row must have ended. Its cache is not touched: a row's first
-    refresh replaces what is there."""
+    """The carry with the one row of `ask` in slot b, whose row must have ended. Its cache is not touched: what is there is
+    hidden until the row's first refresh replaces it."""
     new = start(params, ask, spec=spec)
     return carry._replace(rows=_put_row(carry.rows, new.rows, b), asks=_put_row(carry.asks, new.asks, b))
 
@@ -268,7 +268,7 @@ class _Loop:
             rows, _ = jax.lax.while_loop(
                 lambda c: jnp.any(c[1]),
                 lambda c: (self.window(carry._replace(rows=c[0]), c[1]), jnp.zeros_like(c[1])),
-                (rows, plan.window & running),
+                (rows, plan.window & running & ~rows.stop),
             )
         return carry._replace(rows=self.finish_blocks(rows, carry.asks, running))
 
@@ -300,6 +300,8 @@ class _Loop:
         else:
             outside = (self.everywhere < left) | (self.everywhere >= left + width)
             visible = (self.everywhere < carry.asks.total[:, None]) & outside
+        # Before a row's first refresh its slot holds zeros, or the row that was there before it joined.
+        visible &= carry.rows.cached_block[:, None] >= 0
         return self.forward_and_decode(carry.rows, carry.asks, at, self.before, running, Cache(carry.cache, visible))[0]
 
     def append(self, carry: Carry, running: jax.Array) -> Carry:
@@ -333,7 +335,7 @@ class _Loop:
     ) -> tuple[Rows, Any]:
         """One network forward of the positions `at` `[B, W]` of the running rows, the block from `skip` on in it."""
         family, config, params, block = self.family, self.config, self.params, self.block
-        _, _, smoothing = self.spec.build(asks.numbers)
+        smoothing = self.smoothing
         valid = (at >= 0) & (at < asks.total[:, None]) & running[:, None]
         x = family.embed(params, config, _take(rows.tokens, at)) if smoothing is None else _take(rows.soft, at)
         if self.causal:
@@ -356,7 +358,8 @@ class _Loop:
             return decoded, fresh
         tokens = _take(decoded.tokens, at)
         soft = family.embed(params, config, tokens)
-        weight = smoothing.weight(rows.forwards)[:, None, None].astype(soft.dtype)
+        weight = jax.vmap(lambda n, f: self.spec.build(n)[2].weight(f))(asks.numbers, rows.forwards)
+        weight = weight[:, None, None].astype(soft.dtype)
         still = (tokens == config.mask_id)[..., None]
         expected = family.expected_embedding(params, config, x, smoothing.top, wide)
         soft = jnp.where(still, soft + weight * expected, soft)
@@ -373,8 +376,9 @@ class _Loop:
         at = rows.start[:, None] + jnp.arange(self.block, dtype=jnp.int32)[None, :]
         before = _take(rows.tokens, at)
         may_write = (at >= asks.prompt[:, None]) & (at < asks.total[:, None]) & running[:, None]
-        smoothing = spec.build(asks.numbers)[2]
-        floor = jnp.full(rows.forwards.shape, -jnp.inf) if smoothing is None else smoothing.least(rows.forwards)
+        smoothing, floor = self.smoothing, jnp.full(rows.forwards.shape, -jnp.inf)
+        if smoothing is not None:
+            floor = jax.vmap(lambda n, f: spec.build(n)[2].least(f))(asks.numbers, rows.forwards)
 
         def step(state: Any, ask: Request, tick: Tick, *looked: jax.Array) -> tuple:
             # The key depends on the row's own seed and counter, not on its place in the batch.
@@ -387,6 +391,7 @@ class _Loop:
         state, verdict = jax.vmap(step)(rows.decoder, asks, ticks, logits, before, may_write, at, floor)
         offset = self.everywhere - rows.start[:, None]
         changed = may_write & (verdict.tokens != before)
+        masks_left = jnp.any(may_write & (verdict.tokens == mask_id), axis=1)
         write = _take(changed, offset) & _in_block(rows, asks.total, self.block) & running[:, None]
         trace = ()
         if spec.traced:
@@ -395,8 +400,9 @@ class _Loop:
         one = running.astype(jnp.int32)
         return rows._replace(
             tokens=jnp.where(write, _take(verdict.tokens, offset), rows.tokens),
-            done=jnp.where(running, verdict.done, rows.done),
-            stop=jnp.where(running, verdict.stop, rows.stop),
+            # A block with masks is never done, whatever its decoder says.
+            done=jnp.where(running, verdict.done & ~masks_left, rows.done),
+            stop=rows.stop | (running & verdict.stop),
             forwards=rows.forwards + one,
             call=rows.call + one,
             decoder=_keep(running, state, rows.decoder),

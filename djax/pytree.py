@@ -53,5 +53,6 @@ def pytree(cls: T) -> T:
 def classes(tree: Any) -> tuple:
     """The classes in a plug and in the plugs it holds: static to a program, so that plugs of a user's own, however they
     were registered, are never taken for one another."""
-    fields = dataclasses.fields(tree) if dataclasses.is_dataclass(tree) else ()
-    return type(tree), *(classes(getattr(tree, f.name)) for f in fields)
+    if not dataclasses.is_dataclass(tree):
+        return ()  # a number, whose dtype is the program's argument, or a static value, which the structure holds
+    return type(tree), *(classes(getattr(tree, f.name)) for f in dataclasses.fields(tree))

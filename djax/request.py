@@ -107,7 +107,7 @@ def prepare(
     asked = Asked(asks, plugs, block_length, max(heats) > 0 or plugs[0].draws, trace, single)
     _try_plugs(model, asks[0], plugs, asked.block(asks[0]), asked.sampled)
     for ask in asks:
-        _check_memory(model, ask, plugs, asked.block(ask))
+        check_memory(model, ask, plugs, asked.block(ask))
     return asked
 
 
@@ -246,13 +246,11 @@ def _try_plugs(model: Model, ask: Request, plugs: Plugs, block: int, sampled: bo
             plan = jax.eval_shape(lambda p, *a: Plan(*map(jnp.asarray, p.plan(*a))), policy, tick, whole)
             for field in Plan._fields:
                 _expect(getattr(plan, field), (), jnp.bool_, f"cache: {type_name(policy)}.plan: its {field}")
-    rows = ask.tokens.shape[0]
-    numbers = jax.ShapeDtypeStruct((rows,), jnp.int32)
     if smoothing is not None and not _all_ours(smoothing):
         with reading(f"smoothing: trying {type_name(smoothing)}"):
             for method in ("weight", "least"):
-                out = jax.eval_shape(lambda s, n, method=method: getattr(s, method)(n), smoothing, numbers)
-                _expect(out, (rows,), jnp.floating, f"smoothing: {type_name(smoothing)}.{method}")
+                out = jax.eval_shape(lambda s, n, method=method: getattr(s, method)(n), smoothing, whole)
+                _expect(out, (), jnp.floating, f"smoothing: {type_name(smoothing)}.{method}")
 
 
 def _all_ours(plug: Any) -> bool:
@@ -336,19 +334,19 @@ def request(
 def _numbers(plugs: Sequence[Plugs], rows: int) -> tuple[np.ndarray, ...]:
     """The leaves of the plugs, each with one entry a row; rows without a prompt have the first one's."""
     if all(one is plugs[0] for one in plugs):
-        leaves = [np.asarray(n, _dtype(n)) for n in jax.tree.leaves(plugs[0])]
+        leaves = [np.asarray(n, dtype_of(n)) for n in jax.tree.leaves(plugs[0])]
         return tuple(np.broadcast_to(n, (rows, *n.shape)) for n in leaves)
     padded = [*plugs, *[plugs[0]] * (rows - len(plugs))]
     each = zip(*map(jax.tree.leaves, padded), strict=True)
-    return tuple(np.stack([np.asarray(n, _dtype(column[0])) for n in column]) for column in each)
+    return tuple(np.stack([np.asarray(n, dtype_of(column[0])) for n in column]) for column in each)
 
 
-def _dtype(number: Any) -> Any:
+def dtype_of(number: Any) -> Any:
     """A plug's Python number as the program holds it."""
     return {bool: np.bool_, int: np.int32, float: np.float32}.get(type(number), getattr(number, "dtype", None))
 
 
-def _check_memory(model: Model, ask: Request, plugs: Plugs, block: int) -> None:
+def check_memory(model: Model, ask: Request, plugs: Plugs, block: int) -> None:
     """Refuse a batch whose carry and largest activations cannot fit the device; an estimate from below."""
     (rows, length), c = ask.tokens.shape, model.config
     # Under a mesh an estimate further from below: as if all of this were split evenly, too.
@@ -366,12 +364,14 @@ def carried_bytes(model: Model, ask: Request, plugs: Plugs, block: int) -> dict[
     (rows, length), c = ask.tokens.shape, model.config
     decoder, policy, smoothing = plugs
     each = jax.eval_shape(lambda: decoder.init(block, c.vocab))
+    numbers = sum(n.nbytes for n in ask.numbers)
     parts = {"decoder": jax.tree.map(lambda a: jax.ShapeDtypeStruct((rows, *a.shape), a.dtype), each)}
     if policy.keeps:
         parts["cache"] = jax.eval_shape(lambda p: model.family.empty_cache(p, c, rows, length), model.params)
     if smoothing is not None:
-        parts["soft embeddings"] = jax.eval_shape(lambda p: model.family.embed(p, c, ask.tokens), model.params)
-    return {name: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(part)) for name, part in parts.items()}
+        parts["soft embeddings"] = jax.eval_shape(lambda p, t: model.family.embed(p, c, t), model.params, ask.tokens)
+    sizes = {name: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(part)) for name, part in parts.items()}
+    return sizes | {"decoder": sizes["decoder"] + numbers}
 
 
 def does_not_fit(ask: Request, need: str) -> BatchError:

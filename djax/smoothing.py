@@ -37,11 +37,11 @@ class Smoothing:
         integer(self, "top", at_least=1, optional=True)
 
     def weight(self, forward: jax.Array) -> jax.Array:
-        """w_t, float32 `[B]`, at forward counts int32 `[B]`."""
+        """w_t, float32, at a row's forward count, an int32 scalar."""
         return jnp.minimum(self.first + self.growth * forward.astype(jnp.float32), self.last)
 
     def least(self, forward: jax.Array) -> jax.Array:
-        """The threshold below which no decoder goes at this forward, float32 `[B]`."""
+        """The threshold below which no decoder goes at this forward, a float32 scalar."""
         if self.threshold_decay is None:
             return jnp.full(forward.shape, -jnp.inf)
         return 1 - self.threshold_decay * forward.astype(jnp.float32)

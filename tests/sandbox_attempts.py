@@ -423,8 +423,7 @@ FORGE = {
         "import _thread, sys\nsys.excepthook = lambda *a: None\n_thread.interrupt_main()\n" + BAD
     ),
     "text on every descriptor": (
-        "import os\nfor fd in range(5000):\n    try:\n        os.write(fd, b'f' * 32)\n    except OSError:\n        pass\n"
-        + BAD
+        "import os\nfor fd in range(5000):\n    try: os.write(fd, b'f' * 32)\n    except OSError:\n        pass\n" + BAD
     ),
     "much text on every descriptor": (
         "import os\nfor fd in range(3, 64):\n    try:\n        for _ in range(1000): os.write(fd, b'x' * 100000)\n"

@@ -7,6 +7,7 @@ draws 100 schedules instead of 12 and prints how many rows joined.
 
 import dataclasses
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -171,11 +172,87 @@ def test_bad_input_is_refused_before_anything_runs():
         djax.Engine(5)
     with pytest.raises(OptionError, match="max_batch: expected None"):
         djax.Engine(model, max_batch=3)
+    with pytest.raises(OptionError, match="b: expected a slot that a prompt has joined"):
+        engine.look(0)
+    with pytest.raises(CanvasError, match="canvas: expected at most the model's 256 positions, got 300"):
+        djax.Engine(model, canvas=300)
+    with pytest.raises(OptionError, match="temperature: expected a finite number"):
+        djax.Engine(model, temperature=-1)
+    with pytest.raises(BatchError, match=r"2147483647 (prompts on a canvas of 256|rows) need"):
+        djax.Engine(model, rows=2**31 - 1)
+    with pytest.raises(OptionError, match="temperature: expected 0 in an engine that was made with draws=False"):
+        djax.Engine(model, draws=False, canvas=64).join([1], gen_length=8, temperature=0.5)
     engine.join([1], gen_length=8)
     with pytest.raises(BatchError, match="all 1 slots are taken"):
         engine.join([1], gen_length=8)
     assert len(engine.run()) == 1
     assert engine.free == [0]
+
+
+@djax.pytree
+@dataclasses.dataclass(frozen=True)
+class StopsAtOnce(djax.Decoder):
+    """Ends its row at the first forward, and calls every block done."""
+
+    def step(self, state, look):
+        _, verdict = djax.Fixed(1).step(state, look)
+        return state, verdict._replace(stop=look.tick.forward == 0, done=verdict.done | True)
+
+
+@pytest.mark.parametrize("cache", [None, djax.Dual(), djax.Prefix(), djax.Vicinity(2, 2, warmup=0)], ids=repr)
+def test_a_decoder_ends_a_row_whatever_the_cache(cache):
+    out = djax.generate(toy_model(), [1, 2], gen_length=20, block_length=8, decoder=StopsAtOnce(), cache=cache)
+    assert out.forwards == 1 and len(out.tokens) == 1
+    assert (out.canvas[3:] == CONFIG.eos_id).all()
+
+
+@djax.pytree
+@dataclasses.dataclass(frozen=True)
+class Hasty(djax.Decoder):
+    """Calls every block done."""
+
+    def step(self, state, look):
+        _, verdict = djax.Fixed(1).step(state, look)
+        return state, verdict._replace(done=verdict.done | True)
+
+
+def test_a_block_with_masks_is_not_done():
+    options = dict(gen_length=20, block_length=8)
+    hasty, plain = (djax.generate(toy_model(), [1], decoder=d, **options) for d in (Hasty(), djax.Fixed(1)))
+    assert facts(hasty) == facts(plain)
+
+
+def test_threads_may_join_at_once():
+    engine = djax.Engine(toy_model(), rows=8, canvas=64, block_length=8, gen_length=9)
+    slots, start = [], threading.Barrier(8)
+
+    def work(n):
+        start.wait()
+        slots.append((engine.join([n] * (n + 1)), n))
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    out = engine.run()
+    assert {b: g.canvas[0] for b, g in out.items()} == dict(slots)
+    assert all(len(g.canvas) == n + 1 + 9 for (b, n) in slots for g in [out[b]]), "the engine's own defaults hold"
+
+
+def test_one_kind_of_plug_a_call():
+    model = toy_model(doubt=True)
+    prompts, taus = [[5, 6], [7]], (0.05, 0.9)
+    options = dict(gen_length=20, block_length=8)
+    together = djax.generate(model, prompts, decoder=[djax.Threshold(tau) for tau in taus], temperature=[0, 0.0], **options)
+    for prompt, tau, out in zip(prompts, taus, together, strict=True):
+        assert facts(out) == facts(djax.generate(model, prompt, decoder=djax.Threshold(tau), **options))
+    with pytest.raises(OptionError, match="decoder: expected one kind with equal static fields"):
+        djax.generate(model, prompts, decoder=[djax.Threshold(), djax.Fixed()])
+    with pytest.raises(OptionError, match="cache: expected one kind with equal static fields"):
+        djax.generate(model, prompts, cache=[djax.Vicinity(1, 2), djax.Vicinity(2, 2)])
+    with pytest.raises(OptionError, match="decoder: expected one, or a list with one for each of the 2 prompts, got 1"):
+        djax.generate(model, prompts, decoder=[djax.Threshold()])
 
 
 def test_a_decoder_without_progress_ends_its_row_with_an_error():

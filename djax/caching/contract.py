@@ -26,7 +26,8 @@ TO_THE_END = 2**30  # a reach longer than any canvas
 class Plan(NamedTuple):
     """One turn of a row, bool scalars.
 
-    full:    run the whole canvas.
+    full:    run the whole canvas. Without `refresh` its keys and values are lost, and so are those of an earlier refresh: a row
+             asks for no window after it until the next refresh.
     refresh: keep that forward's keys and values (implies full; counted as a refresh).
     window:  then run the window against the cache.
     append:  then run the block before and the block, and append the former to the cache.

@@ -52,7 +52,19 @@ def exclude(logits: jax.Array, where: jax.Array, ids: tuple[int, ...]) -> jax.Ar
         excluded = jnp.any(jnp.arange(logits.shape[-1])[:, None] == jnp.array(ids)[None, :], axis=-1)
         return jnp.where(where[:, None] & excluded[None, :], NEVER, logits)
 
-    # A GPU reads the logits through this, and writes none of it; a CPU would write all of them again.
-    if split() or native.why_not(logits.dtype) is not None:
-        return everywhere(logits, where)
-    return jax.lax.platform_dependent(logits, where, cpu=columns, default=everywhere)
+    @jax.custom_batching.custom_vmap
+    def run(logits: jax.Array, where: jax.Array) -> jax.Array:
+        # A GPU reads the logits through this, and writes none of it; a CPU would write all of them again.
+        if split() or native.why_not(logits.dtype) is not None:
+            return everywhere(logits, where)
+        return jax.lax.platform_dependent(logits, where, cpu=columns, default=everywhere)
+
+    @run.def_vmap
+    def flatten(size: int, batched: list, logits: jax.Array, where: jax.Array) -> tuple[jax.Array, bool]:
+        """All rows as one: mapped, an update of columns would become a scatter."""
+        logits, where = (
+            a if mapped else jnp.broadcast_to(a, (size, *a.shape)) for a, mapped in zip((logits, where), batched, strict=True)
+        )
+        return run(logits.reshape(-1, logits.shape[-1]), where.reshape(-1)).reshape(logits.shape), True
+
+    return run(logits, where)
