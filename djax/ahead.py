@@ -1,9 +1,11 @@
 """Programs made before they are needed: compiled into the cache, or exported as a file that runs without djax."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -93,7 +95,7 @@ def export_program(
     fields = {name: value for name, value in request._asdict().items() if name != "numbers"}
     arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (parameters, fields, numbers))
     allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in _UNPROMISED]
-    with computing(model), native.portable():
+    with computing(model), native.portable(), _assume_device(platform):
         exported = jax.export.export(jax.jit(program), platforms=[platform], disabled_checks=allowed)(*arguments)
     manifest = {
         "jax": jax.__version__,
@@ -109,6 +111,17 @@ def export_program(
         (partial / PROGRAM).write_bytes(exported.serialize())
         save_file({name: np.asarray(a) for name, a in parameters.items()}, partial / PARAMETERS)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+
+
+@contextlib.contextmanager
+def _assume_device(platform: str) -> Iterator[None]:
+    """Trace for a GPU that is not here: newer jax asks which one its kernels are for, and is told an H100."""
+    if platform != "cuda" or jax.default_backend() == "gpu":
+        yield
+        return
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        yield
 
 
 def _asked(model: Model, prompt_length: int, rows: int, options: dict[str, Any], caller: str) -> Asked:
