@@ -216,7 +216,7 @@ def flag(rng):
                 Drawn(0, NONSENSE),
                 Drawn(None, NONSENSE),
                 Drawn("yes", NONSENSE),
-                Drawn([True], NONSENSE),
+                Drawn([1], NONSENSE),
             ]
         )
     return Drawn(rng.choice([value, np.bool_(value), np.array(value), jnp.array(value)]), value)
