@@ -23,7 +23,7 @@ from djax.generate import ask, compiled
 from djax.model import Model, computing, known_model
 from djax.process import with_own_settings
 from djax.program import Request, Rows, decode
-from djax.request import Asked, dtype_of
+from djax.request import Asked, dtype_of, refuse_lists
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 PROGRAM, PARAMETERS, MANIFEST = "program.jaxexport", "parameters.safetensors", "manifest.json"
@@ -77,9 +77,7 @@ def export_program(
         )
     if model.mesh is not None:
         raise OptionError("export_program: expected a model on one device, this one lies on a mesh; load it without one")
-    for name in ("decoder", "cache", "smoothing"):
-        if type(options.get(name)) in (list, tuple):
-            raise OptionError(f"{name}: expected one for all rows, since an exported program takes one set of numbers")
+    refuse_lists(options, "one for all rows, since an exported program takes one set of numbers")
     asked = _asked(model, prompt_length, rows, options, "export_program")
     (request,), numbers = asked.asks, jax.tree.leaves(asked.plugs)
     spec, request = asked.spec(model, request), request._replace(numbers=())
@@ -115,7 +113,7 @@ def export_program(
 
 @contextlib.contextmanager
 def _assume_device(platform: str) -> Iterator[None]:
-    """Trace for a GPU that is not here: newer jax asks which one its kernels are for, and is told an H100."""
+    """Trace for a GPU that is not here: newer jax must know which one its kernels are for; this names an H100."""
     if platform != "cuda" or jax.default_backend() == "gpu":
         yield
         return

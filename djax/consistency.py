@@ -8,20 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from djax.checkpoint_files import read_object
 from djax.errors import CheckpointError, shorten
 
 GENERATION = "generation_config.json"
 
 
-def check_generation_config(directory: Path, hf: Mapping[str, Any]) -> None:
+def check_generation_config(directory: Path, hf: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
     """generation_config.json against config.json: EOS ids, of which one must be common, and the mask id.
 
     What config.json does not name, generation_config.json may. Raises `CheckpointError`.
     """
-    generation = read_object(directory, GENERATION)
-    if generation is None:
-        return
     named = {name: _ids(directory, generation, name) for name in ("eos_token_id", "mask_token_id")}
     for name, ids in named.items():
         used = hf.get(name)

@@ -13,7 +13,7 @@ from djax.generate import ask
 from djax.model import Model
 from djax.process import with_own_settings
 from djax.program import Request, reach
-from djax.request import Asked, carried_bytes
+from djax.request import Asked, carried_bytes, refuse_lists
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +69,7 @@ def explain(model: Model, prompts: Any, **options: Any) -> Explanation | list[Ex
 
     Takes the same options and raises the same errors.
     """
-    for name in ("decoder", "cache", "smoothing"):
-        if type(options.get(name)) in (list, tuple):
-            raise OptionError(f"{name}: expected one for all prompts; explain one prompt at a time")
+    refuse_lists(options, "one for all prompts; explain one prompt at a time")
     asked = ask(model, prompts, options, "explain")
     out = [
         Explanation(_facts(model, asked, group, b), _blocks(model, asked, group, b))

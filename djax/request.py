@@ -1,7 +1,7 @@
 """From what a user asks to what the program takes: every check of the public door, then prompts laid out as canvases."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -118,6 +118,13 @@ def _one_each(value: Any, name: str, count: int) -> list[Any]:
     if len(value) != count:
         raise OptionError(f"{name}: expected one, or a list with one for each of the {count} prompts, got {len(value)}")
     return list(value)
+
+
+def refuse_lists(options: Mapping[str, Any], expected: str) -> None:
+    """Raise `OptionError` for plugs that are given as lists, one a prompt, to a function that takes one of each."""
+    for name in ("decoder", "cache", "smoothing"):
+        if type(options.get(name)) in (list, tuple):
+            raise OptionError(f"{name}: expected {expected}")
 
 
 def _plugs_each(model: Model, decoder: Any, cache: Any, smoothing: Any, count: int) -> tuple[Plugs, list[Plugs]]:

@@ -311,7 +311,7 @@ def describe(directory: Path) -> tuple[ModuleType, Any, dict, Any]:
     mask_id, eos_ids, named = _special_ids(hf, generation, tokenizer, family, directory)
     config = family.Config.from_hf(hf, mask_id=mask_id, eos_id=eos_ids[0], more_eos_ids=eos_ids[1:])
     _check_ids(mask_id, eos_ids, named, config.vocab, directory)
-    check_generation_config(directory, hf)
+    check_generation_config(directory, hf, generation)
     if GENERATION in named["eos"] and eos_ids != named["eos"].get(CONFIG):
         # What is saved or exported has no generation_config.json: its config.json names all of them.
         hf = hf | {"eos_token_id": eos_ids[0] if len(eos_ids) == 1 else list(eos_ids)}

@@ -10,7 +10,7 @@ import numpy as np
 from djax.checks import describe, show
 from djax.errors import CheckpointError, DjaxError, PromptError
 from djax.prompts import read
-from djax.tokenizer_files import read_tokenizer
+from djax.tokenizer_files import is_panic, read_tokenizer
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -79,7 +79,7 @@ def _failures_named(what: str, kind: type[DjaxError]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__qualname__ != "PanicException":
+        if not isinstance(error, Exception) and not is_panic(error):
             raise
         raise kind(f"{what}: {describe(error)}") from error
 

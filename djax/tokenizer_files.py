@@ -87,6 +87,12 @@ def _copies(directory: Path, text: str) -> dict[str, str]:
     return {TOKENIZER: text, **others, **templates}
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether the tokenizers library panicked: no Exception, and no interrupt either."""
+    kind = type(error)
+    return (kind.__module__, kind.__qualname__) == ("pyo3_runtime", "PanicException")
+
+
 @contextlib.contextmanager
 def _panics_raised() -> Iterator[None]:
     """Raise `RuntimeError` for a panic in the tokenizers library, which is a BaseException and is printed besides.
@@ -107,8 +113,7 @@ def _panics_raised() -> Iterator[None]:
                 os.dup2(kept.fileno(), 2)
             yield
         except BaseException as error:
-            kind = type(error)
-            panicked = (kind.__module__, kind.__qualname__) == ("pyo3_runtime", "PanicException")
+            panicked = is_panic(error)
             if not panicked:
                 raise
             raise RuntimeError(f"the tokenizers library panics: {error}") from None

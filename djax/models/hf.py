@@ -18,6 +18,18 @@ def list_settings(config: Any) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key != "more_eos_ids" or value}
 
 
+class EndIds:
+    """What every family's Config knows of the tokens that end an answer."""
+
+    eos_id: int
+    more_eos_ids: tuple[int, ...]
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Any of them ends an answer. The first, `eos_id`, fills what an early stop leaves."""
+        return (self.eos_id, *self.more_eos_ids)
+
+
 class Reader:
     """Reads one config.json for one family; `done` raises what was wrong.
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from djax.models import moe
 from djax.models.attention import described
-from djax.models.hf import Reader
+from djax.models.hf import EndIds, Reader
 from djax.models.transformer import Functions, Layer, Transformer
 
 ARCHITECTURES = ("LLaDA2MoeModelLM", "LLaDA2MoeModel")
@@ -44,7 +44,7 @@ _ONLY = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(EndIds):
     """Shape and constants of a LLaDA2; hashable, so it is static to `jit`. Letters as in the README."""
 
     vocab: int  # V
@@ -68,11 +68,6 @@ class Config:
     mask_id: int
     eos_id: int
     more_eos_ids: tuple[int, ...] = ()
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        """Any of them ends an answer. The first, `eos_id`, fills what an early stop leaves."""
-        return (self.eos_id, *self.more_eos_ids)
 
     @classmethod
     def from_hf(

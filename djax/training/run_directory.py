@@ -49,10 +49,10 @@ def open_checkpoints(directory: Path, policy: Any) -> Iterator[Any]:
 
 
 def begin(directory: Path, described: Mapping[str, Any]) -> None:
-    """Make the directory, or see that it is of this very run, which run.json says (JSON values).
+    """Make the directory, or check that its run.json describes this run (JSON values).
 
     A run.json that is cut short or empty, as a full disk or a killed process of an older djax left it, is written again as long
-    as nothing has been trained. Raises `OptionError` for another run's directory, and for such a file beside checkpoints;
+    as nothing has been trained. Raises `OptionError` for another run's directory, and for such a file next to checkpoints;
     `TrainingError` if it cannot be written.
     """
     described = json.loads(json.dumps(described))
