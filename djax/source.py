@@ -143,7 +143,7 @@ class Source:
             sums = {name: (self._sums[name], sum_bytes(leaf))}
         else:
             tensors = rules.unload(self._parts[path], lambda _: leaf)
-            sums = {n: (self.sha256[n], sum_bytes(t.astype(READ[self.stored[n]], copy=False))) for n, t in tensors}
+            sums = {n: (self.sha256[n], sum_bytes(_narrow_exactly(t, READ[self.stored[n]]))) for n, t in tensors}
         for of, (expected, found) in sums.items():
             if found != expected:
                 raise CheckpointError(
@@ -204,6 +204,15 @@ class Source:
 
 def _kind(kind: tuple[tuple[int, ...], np.dtype] | None) -> str:
     return "nothing" if kind is None else f"{kind[1]} {list(kind[0])}"
+
+
+def _narrow_exactly(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """An array in the dtype it was widened from, or as it is, where a value has bits that dtype cannot hold.
+
+    A flipped low bit of a widened value would be rounded away, and its sum would be right.
+    """
+    narrow = array.astype(dtype, copy=False)
+    return narrow if np.array_equal(narrow.astype(array.dtype), array, equal_nan=True) else array
 
 
 def sum_bytes(array: np.ndarray) -> str:
