@@ -81,7 +81,7 @@ def measure(
     smooth = djax.Smoothing() if smoothing else None
     plugs = djax.Credit(djax.Threshold(0.8)), djax.Vicinity(16, 16), smooth
     began = time.perf_counter()
-    lowered = _lower(llada_moe, config, mesh, plugs, quantize, canvas, block)
+    lowered = _lower(llada_moe.FAMILY, config, mesh, plugs, quantize, canvas, block)
     made = lowered.compile()
     seconds = time.perf_counter() - began
     program, memory = hlo.Program(made.as_text()), made.memory_analysis()

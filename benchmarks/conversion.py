@@ -22,7 +22,7 @@ import numpy as np
 from djax.benchmarks.circumstances import circumstances
 from djax.benchmarks.compile import LLADA_MOE_7B
 from djax.benchmarks.report import put, write_lines
-from djax.convert import TABLES, safetensors_files
+from djax.convert import safetensors_files
 from djax.errors import OptionError
 from djax.files import write
 from djax.models import llada_moe
@@ -46,7 +46,7 @@ COPY = "import shutil, sys; shutil.copytree(*sys.argv[1:3])"
 def make(directory: Path, hf: dict[str, Any]) -> int:
     """A HF checkpoint with random bfloat16 weights, all finite, in shards as HF cuts them. Returns its tensors' bytes."""
     config = llada_moe.Config.from_hf(hf, mask_id=hf["mask_token_id"], eos_id=hf["eos_token_id"])
-    rules = TABLES["llada_moe"](config)["hf"]
+    rules = llada_moe.FAMILY.layouts(config)["hf"]
     bits = np.random.default_rng(0).integers(0, 1 << 16, 1 << 24, np.uint16)
     bits &= 0xBFFF  # below 2: neither infinite nor NaN
     noise, kind = bits.view(ml_dtypes.bfloat16), np.dtype(ml_dtypes.bfloat16)

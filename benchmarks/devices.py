@@ -58,7 +58,7 @@ COMBINATIONS = [(d, c, s) for d in DECODERS for c in POLICIES for s in (None, dj
 
 def tiny(config: Any = CONFIG) -> djax.Model:
     """Random weights, the head scaled up so that confidences are anywhere between 0 and 1. config: of any family."""
-    family = next(family for family in FAMILIES.values() if isinstance(config, family.Config))
+    family = next(family for family in FAMILIES.values() if isinstance(config, family.config_type))
     params = family.init(config, jax.random.key(0))
     return djax.Model(family, config, params | {"head": 4 * params["head"]}, None, {}, {})
 

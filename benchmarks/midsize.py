@@ -33,18 +33,19 @@ def model(dtype: str = "float32") -> Any:
     from djax.models import llada_moe
 
     config = llada_moe.Config.from_hf(HF, mask_id=MASK, eos_id=EOS)
-    params = llada_moe.init(config, jax.random.key(0))
-    return djax.Model(llada_moe, config, jax.tree.map(lambda a: a.astype(dtype), params), None, HF, {})
+    params = llada_moe.FAMILY.init(config, jax.random.key(0))
+    return djax.Model(llada_moe.FAMILY, config, jax.tree.map(lambda a: a.astype(dtype), params), None, HF, {})
 
 
 def tensors(model: Any) -> dict[str, np.ndarray]:
     """Its weights by the names of transformers' Qwen3-MoE."""
     from flax import traverse_util
 
-    from djax.convert import TABLES, rules
+    from djax.convert import rules
+    from djax.models import llada_moe
 
     flat = traverse_util.flatten_dict(jax.device_get(model.params))
-    table = sorted(TABLES["llada_moe"](model.config)["fused"], key=lambda rule: rule.target)
+    table = sorted(llada_moe.FAMILY.layouts(model.config)["fused"], key=lambda rule: rule.target)
     new = {"mlp.w1": "mlp.experts.gate_up_proj", "mlp.w2": "mlp.experts.down_proj"}
     out = {}
     for name, tensor in rules.unload(table, lambda path: flat[path]):

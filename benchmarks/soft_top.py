@@ -14,6 +14,7 @@ import numpy as np
 
 from djax.benchmarks.circumstances import circumstances
 from djax.benchmarks.report import write_lines
+from djax.models.sight import see
 
 TOPS = (1, 2, 4, 8, 16, 32)
 
@@ -87,7 +88,7 @@ def _first_forward(model: Any, problems: list[Any]) -> tuple[jax.Array, np.ndarr
         valid[row, : len(prompt) + 128] = True
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
     embedded = model.family.embed(model.params, model.config, jnp.asarray(tokens))
-    x, _ = model.family.trunk(model.params, model.config, embedded, positions, jnp.asarray(valid))
+    x, _ = model.family.trunk(model.params, model.config, embedded, positions, see("all", positions, jnp.asarray(valid), 1))
     return x, (tokens == model.config.mask_id) & valid
 
 

@@ -171,14 +171,15 @@ def _step(
 ) -> tuple[jax.Array, Any]:
     from djax.decoding.contract import Look, Tick
     from djax.models.layers import Cache
+    from djax.models.sight import rank_keys, see
 
     family, config = model.family, model.config
     length = tokens.shape[1]
     everywhere, zero = jnp.arange(length)[None], jnp.int32(0)
     at = left + jnp.arange(width)[None]
     here = jnp.take_along_axis(tokens, jnp.clip(at, 0, length - 1), axis=1)
-    cache = kept and Cache(kept, (everywhere < left) | (everywhere >= left + width))
-    x, fresh = family.trunk(params, config, family.embed(params, config, here), at, at < length, cache)
+    cache = kept and Cache(kept, rank_keys("all", everywhere, (everywhere < left) | (everywhere >= left + width), BLOCK))
+    x, fresh = family.trunk(params, config, family.embed(params, config, here), at, see("all", at, at < length, BLOCK), cache)
     x = jax.lax.dynamic_slice_in_dim(x, start - left, BLOCK, axis=1)
     block = jax.lax.dynamic_slice_in_dim(tokens, start, BLOCK, axis=1)
     tick = Tick(zero, zero, zero, zero)

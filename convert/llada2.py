@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from djax.convert.rules import Rule
-from djax.models.layers import partly_rotated
 
 
 def layouts(c: Any) -> dict[str, list[Rule]]:
@@ -25,7 +24,7 @@ def layouts(c: Any) -> dict[str, list[Rule]]:
 def _attention(c: Any, layer: str, hf: str) -> list[Rule]:
     queries, keys, per_group = c.heads * c.head_dim, c.groups * c.head_dim, c.heads // c.groups
     name, shape, qkv = f"{hf}.attention.query_key_value.weight", (queries + 2 * keys, c.width), (layer, "qkv")
-    turned = tuple(partly_rotated(c.head_dim, c.rotated))
+    turned = tuple(order_rotated(c.head_dim, c.rotated))
     cuts = slice(0, queries), slice(queries, queries + keys), slice(queries + keys, queries + 2 * keys)
     return [
         Rule(f"{hf}.input_layernorm.weight", (c.width,), (layer, "attention_norm")),
@@ -66,3 +65,11 @@ def _experts(c: Any, layer: str, hf: str) -> list[Rule]:
             Rule(f"{expert}.down_proj.weight", (c.width, c.expert_width), (layer, "w_out"), np.s_[e]),
         ]
     return rules
+
+
+def order_rotated(head_dim: int, rotated: int) -> list[int]:
+    """Where a head's features come from if HF turns its first `rotated` ones, half-split, and leaves the rest: our order has
+    in each half what is turned first, so that rotary needs no cutting and joining. Scores are sums; the order is free."""
+    turned, rest = rotated // 2, (head_dim - rotated) // 2
+    halves = ([*range(n * turned, (n + 1) * turned), *range(rotated + n * rest, rotated + (n + 1) * rest)] for n in (0, 1))
+    return [feature for half in halves for feature in half]

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
@@ -23,9 +22,10 @@ from djax.convert import orbax_files, rules, safetensors_files
 from djax.directories import new_directory
 from djax.errors import CheckpointError, OptionError, PathError, shorten
 from djax.model import Model, known_model
+from djax.models.family import Family
 from djax.models.hf import list_settings
 from djax.process import refuse_transfer_guard, with_own_settings
-from djax.source import DTYPES, MANIFEST, ORBAX, Source, kinds, name_of, opened, shapes, sum_bytes, written
+from djax.source import DTYPES, MANIFEST, ORBAX, Source, kinds, opened, shapes, sum_bytes, written
 
 NOT_FINITE = ("warn", "refuse", "allow")
 
@@ -119,7 +119,7 @@ def inspect(path: str | os.PathLike | None = None, *, verify: bool = False) -> d
         facts = {
             "path": str(source.directory),
             "layout": source.layout,
-            "family": name_of(source.family),
+            "family": source.family.name,
             "parameters": sum(math.prod(a.shape) for a in leaves),
             "bytes": sum(math.prod(a.shape) * a.dtype.itemsize for a in leaves),
             "dtype": str(np.dtype(source.dtype)),
@@ -133,7 +133,7 @@ def inspect(path: str | os.PathLike | None = None, *, verify: bool = False) -> d
         return facts | list_settings(source.config)
 
 
-def _places(family: ModuleType, config: Any, mesh: Mesh | None, quantize: str | None = None) -> dict[tuple, Sharding]:
+def _places(family: Family, config: Any, mesh: Mesh | None, quantize: str | None = None) -> dict[tuple, Sharding]:
     """Where each parameter goes."""
     boxed = family.abstract(config, jnp.float32)
     axes = {path: tuple(spec) for path, spec in traverse_util.flatten_dict(nn.get_partition_spec(boxed)).items()}
@@ -145,7 +145,7 @@ def _places(family: ModuleType, config: Any, mesh: Mesh | None, quantize: str | 
     return sharding.place(sharding.check(mesh), axes, {path: a.shape for path, a in leaves.items()})
 
 
-def abstract(family: ModuleType, config: Any, dtype: Any, mesh: Mesh | None, quantize: str | None = None) -> Any:
+def abstract(family: Family, config: Any, dtype: Any, mesh: Mesh | None, quantize: str | None = None) -> Any:
     """The parameters' tree without values, each leaf a `ShapeDtypeStruct` that knows where it goes."""
     places = _places(family, config, mesh, quantize)
     leaves = shapes(family, config, dtype)
@@ -154,7 +154,7 @@ def abstract(family: ModuleType, config: Any, dtype: Any, mesh: Mesh | None, qua
     return traverse_util.unflatten_dict(flat)
 
 
-def hf_names(family: ModuleType, config: Any) -> list[str]:
+def hf_names(family: Family, config: Any) -> list[str]:
     """The tensors an export writes."""
     return list(dict.fromkeys(rule.source for rule in written(family, config)))
 
@@ -178,11 +178,11 @@ def save(model: Model, directory: str | os.PathLike) -> None:
         write_manifest(partial, model.family, model.config, model.dtype, model.stored, parameters=sums)
 
 
-def write_manifest(directory: Path, family: ModuleType, config: Any, dtype: Any, stored: dict[str, str], **more: Any) -> None:
+def write_manifest(directory: Path, family: Family, config: Any, dtype: Any, stored: dict[str, str], **more: Any) -> None:
     """What `source.read_manifest` reads, and what a person may want to know of where the parameters came from."""
     import djax  # whose __init__ imports this module
 
-    facts = {"family": name_of(family), "config": list_settings(config), "dtype": str(np.dtype(dtype))}
+    facts = {"family": family.name, "config": list_settings(config), "dtype": str(np.dtype(dtype))}
     facts |= {"djax": djax.__version__, **more, "stored": dict(stored)}
     (directory / MANIFEST).write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
 

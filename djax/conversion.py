@@ -19,7 +19,7 @@ from djax.directories import free, new_directory
 from djax.errors import CheckpointError, OptionError
 from djax.files import expand_home
 from djax.process import with_own_settings
-from djax.source import ORBAX, Source, kinds, name_of, opened, sum_bytes, written
+from djax.source import ORBAX, Source, kinds, opened, sum_bytes, written
 
 LAYOUTS = ("orbax", "hf")
 Progress = Callable[[str, int, int], None]
@@ -96,7 +96,7 @@ def convert(
                 more |= {"parameters": sums, "sha256": digests or read.sha256}
                 write_manifest(partial, read.family, read.config, read.dtype, read.stored, **more)
     return Report(
-        family=name_of(read.family),
+        family=read.family.name,
         layout=to,
         dtype=str(np.dtype(read.dtype)),
         bytes=read.bytes,

@@ -91,8 +91,8 @@ def _facts(model: Model, asked: Asked, ask: Request, b: int) -> dict[str, str]:
     has = {True: "yes", False: "no"}
     return {
         "model": repr(model),
-        "legal": f"cache: {has[hasattr(model.family, 'empty_cache')]}; smoothing: "
-        f"{has[hasattr(model.family, 'expected_embedding')]}; gen_length: up to {model.config.max_positions - prompt} after "
+        "legal": f"cache: {has[model.family.caches]}; smoothing: "
+        f"{has[model.family.smooths]}; gen_length: up to {model.config.max_positions - prompt} after "
         f"this prompt; before and after of a cache's window: up to {total}",
         "decoder": show(decoder)
         + (" (draws from the seed)" if decoder.draws else "")
@@ -108,8 +108,6 @@ def _facts(model: Model, asked: Asked, ask: Request, b: int) -> dict[str, str]:
 
 
 def _back_ends(model: Model) -> dict[str, str]:
-    if not hasattr(model.family, "back_ends"):
-        return {}
     platform, held = jax.default_backend(), jnp.dtype(model.quantized or model.dtype)
     forms = model.family.back_ends(model.config, platform, model.dtype, held)
     return {layer: f"{form} (on {platform})" for layer, form in forms.items()}

@@ -2,13 +2,11 @@
 
 import contextlib
 import dataclasses
-import importlib
 import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -20,7 +18,9 @@ from djax import prompts
 from djax.checks import reading, show, type_name, whole_number
 from djax.compilation import enable_cache
 from djax.errors import BatchError, CanvasError, OptionError, PromptError
+from djax.models.family import Family
 from djax.models.quantized import SCALE
+from djax.models.sight import see
 from djax.native import kernels_wanted
 from djax.process import own_settings, with_own_settings
 from djax.programs import PROGRAMS, kinds
@@ -37,7 +37,7 @@ class Model:
     mesh: the devices the parameters lie on (`djax.mesh`); None for one.
     """
 
-    family: ModuleType
+    family: Family
     config: Any
     params: Any
     tokenizer: Any
@@ -77,7 +77,7 @@ class Model:
     @property
     def block_causal(self) -> bool:
         """Whether a block of positions sees only itself and the blocks before it (LLaDA2)."""
-        return getattr(self.family, "BLOCK_CAUSAL", False)
+        return self.family.visibility == "blocks"
 
     @property
     def pad_ids(self) -> tuple[int, ...]:
@@ -86,28 +86,27 @@ class Model:
         return tuple(i for i in named if type(i) is int) or (self.config.eos_id,)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by value, the family by its module's name: for `spawn`ed processes. djax itself never reads a pickle."""
+        """Pickle by value: for `spawn`ed processes. djax itself never reads a pickle."""
         specs = None if self.mesh is None else jax.tree.map(lambda a: a.sharding.spec, self.params)
         axes = None if self.mesh is None else dict(self.mesh.shape)
         rest = self.tokenizer, dict(self.hf_config), dict(self.stored)
-        return _rebuild, (self.family.__name__, self.config, jax.device_get(self.params), *rest, axes, specs)
+        return _rebuild, (self.family, self.config, jax.device_get(self.params), *rest, axes, specs)
 
     def __repr__(self) -> str:
-        name = self.family.__name__.rsplit(".", 1)[-1]
         ids = f"mask {self.config.mask_id}, eos {', '.join(map(str, self.config.eos_ids))}"
         kind = f"{self.quantized} and {self.dtype}" if self.quantized else self.dtype
-        return f"Model({name}, {self.parameter_count:,} parameters, {kind}, {ids})"
+        return f"Model({self.family.name}, {self.parameter_count:,} parameters, {kind}, {ids})"
 
 
 @with_own_settings
 def _rebuild(
-    family: str, config: Any, params: Any, tokenizer: Any, hf_config: dict, stored: dict, axes: dict | None, specs: Any
+    family: Family, config: Any, params: Any, tokenizer: Any, hf_config: dict, stored: dict, axes: dict | None, specs: Any
 ) -> Model:
     """A model from what `Model.__reduce__` gives, on one device or on a mesh of the same shape."""
     mesh = None if axes is None else make_mesh(**axes)
     place = jax.devices()[0] if mesh is None else jax.tree.map(partial(NamedSharding, mesh), specs)
     params = jax.device_put(params, place)
-    return Model(importlib.import_module(family), config, params, tokenizer, hf_config, stored, mesh)
+    return Model(family, config, params, tokenizer, hf_config, stored, mesh)
 
 
 def known_model(model: Any) -> None:
@@ -140,12 +139,13 @@ def _logits(
     lengths: jax.Array,
     block: jax.Array | None,
     *,
-    family: ModuleType,
+    family: Family,
     config: Any,
 ) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    until = () if block is None else (None, (positions // block + 1) * block)
-    x, _ = family.trunk(params, config, family.embed(params, config, tokens), positions, positions < lengths[:, None], *until)
+    valid = positions < lengths[:, None]
+    sight = see("all" if block is None else family.visibility, positions, valid, block)
+    x, _ = family.trunk(params, config, family.embed(params, config, tokens), positions, sight)
     return family.unembed(params, config, x)
 
 

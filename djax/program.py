@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from djax.caching.contract import Plan, Policy
 from djax.decoding.contract import Decoder, Look, Tick
 from djax.decoding.not_before import NotBefore
+from djax.models.family import Family
 from djax.models.layers import Cache
+from djax.models.sight import rank_keys, see
 from djax.process import make_key
 from djax.smoothing import Smoothing
 from djax.trace import Record
@@ -64,7 +66,7 @@ class Spec:
     plugs: the tree of decoder, policy and smoothing, without their numbers. kinds: their classes.
     """
 
-    family: Any
+    family: Family
     config: Any
     block: int
     sampled: bool
@@ -251,7 +253,7 @@ class _Loop:
         _, self.policy, self.smoothing = spec.build(carry.asks.numbers)
         self.before, self.after = reach(self.policy, self.length)
         # Families whose blocks see themselves and what is before them: nothing after a row's block is run, or seen.
-        self.causal = getattr(spec.family, "BLOCK_CAUSAL", False)
+        self.causal = spec.family.visibility == "blocks"
         self.everywhere = jnp.arange(self.length, dtype=jnp.int32)[None, :]
 
     def turn(self, carry: Carry) -> Carry:
@@ -302,14 +304,18 @@ class _Loop:
             visible = (self.everywhere < carry.asks.total[:, None]) & outside
         # Before a row's first refresh its slot holds zeros, or the row that was there before it joined.
         visible &= carry.rows.cached_block[:, None] >= 0
-        return self.forward_and_decode(carry.rows, carry.asks, at, self.before, running, Cache(carry.cache, visible))[0]
+        return self.forward_and_decode(carry.rows, carry.asks, at, self.before, running, self.show(carry, visible))[0]
+
+    def show(self, carry: Carry, visible: jax.Array) -> Cache:
+        """The cache with the canvas positions `visible` bool `[B, L]` to be seen."""
+        return Cache(carry.cache, rank_keys(self.family.visibility, self.everywhere, visible, self.block))
 
     def append(self, carry: Carry, running: jax.Array) -> Carry:
         """The block and the one before it, which has no masks left and joins the cache, for all running rows."""
         block, head = self.block, self.config.head_dim
         left = carry.rows.start - block
         at = left[:, None] + jnp.arange(2 * block, dtype=jnp.int32)[None, :]
-        seen = Cache(carry.cache, self.everywhere < left[:, None])
+        seen = self.show(carry, self.everywhere < left[:, None])
         size = block * head
 
         def forward(state: tuple) -> tuple:
@@ -340,11 +346,7 @@ class _Loop:
         x = family.embed(params, config, _take(rows.tokens, at)) if smoothing is None else _take(rows.soft, at)
         if self.causal:
             valid &= at < rows.start[:, None] + block
-            # Windows begin where a block does, as the canvas does.
-            until = jnp.broadcast_to((jnp.arange(at.shape[1], dtype=jnp.int32) // block + 1) * block, at.shape)
-            x, fresh = family.trunk(params, config, x, at, valid, cache, until)
-        else:
-            x, fresh = family.trunk(params, config, x, at, valid, cache)
+        x, fresh = family.trunk(params, config, x, at, see(family.visibility, at, valid, block), cache)
         # Smoothing wants the logits of every position: of a window they are made once, and the block's cut from them.
         wide = None
         if smoothing is not None and cache is not None and x.shape[1] <= AT_ONCE:

@@ -169,8 +169,8 @@ def _plugs(model: Model, decoder: Any, cache: Any, smoothing: Any) -> Plugs:
             top = getattr(smoothing, "top", None)
         if top is not None:
             whole_number(top, f"smoothing: {type_name(smoothing)}.top", at_least=1, at_most=model.config.vocab)
-    name = model.family.__name__.rsplit(".", 1)[-1]
-    if policy.keeps and not hasattr(model.family, "empty_cache"):
+    name = model.family.name
+    if policy.keeps and not model.family.caches:
         raise OptionError(f"cache: expected None, since the family {name} keeps no keys and values; got {show(cache)}")
     if policy.appends and not model.block_causal:
         raise OptionError(
@@ -181,7 +181,7 @@ def _plugs(model: Model, decoder: Any, cache: Any, smoothing: Any) -> Plugs:
         raise OptionError(
             f"cache: expected None or Block(), which is exact, for the block-causal family {name}; got {show(cache)}"
         )
-    if smoothing is not None and not hasattr(model.family, "expected_embedding"):
+    if smoothing is not None and not model.family.smooths:
         raise OptionError(f"smoothing: expected None, since the family {name} takes no soft embeddings; got {show(smoothing)}")
     return decoder, policy, smoothing
 

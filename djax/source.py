@@ -10,7 +10,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
@@ -22,11 +21,12 @@ from flax import traverse_util
 from djax import text
 from djax.checkpoint_files import check_tree, is_there, read_object
 from djax.consistency import check_dtypes, check_generation_config, check_manifest
-from djax.convert import TABLES, orbax_files, rules
+from djax.convert import orbax_files, rules
 from djax.convert.safetensors_files import INDEX, READ, SINGLE, TensorFiles
 from djax.errors import CheckpointError, OptionError, PathError, UnsupportedModelError, list_problems, shorten
 from djax.files import expand_home
 from djax.models import FAMILIES
+from djax.models.family import Family
 from djax.sharding import find_devices
 
 SHIPPED = Path(__file__).parent / "small"
@@ -81,7 +81,7 @@ class Source:
         directory, config = self.directory, self.config
         self.layout, self.stored, self.sha256 = "Orbax", manifest["stored"], manifest.get("sha256", {})
         self._sums: dict[str, str] = manifest.get("parameters", {})
-        check_manifest(directory, manifest, name_of(self.family), dataclasses.asdict(config))
+        check_manifest(directory, manifest, self.family.name, dataclasses.asdict(config))
         self.dtype = DTYPES[self._wish or manifest["dtype"]]
         if not is_there(directory, ORBAX):
             raise PathError(f"{directory / ORBAX}: the Orbax checkpoint cannot be restored: it is not there")
@@ -121,7 +121,7 @@ class Source:
             if missing:
                 raise CheckpointError(f"{file}: has no SHA-256 sum for {list_problems(missing, ', ')}; convert it again")
             return
-        tables = [t for t in layouts(self.family, self.config).values() if {r.source for r in t} == self.sha256.keys()]
+        tables = [t for t in self.family.layouts(self.config).values() if {r.source for r in t} == self.sha256.keys()]
         if not tables:
             raise CheckpointError(
                 f"{file}: holds no SHA-256 sums of these parameters, so nothing can be verified; convert it again"
@@ -159,7 +159,7 @@ class Source:
                 f"{self.directory}: config.json says {self.config.layers} layers, there are {len(files.found)} tensors"
             )
         # An expert has tensors of its own, or a row of one.
-        experts = getattr(self.config, "experts", 1)
+        experts = self.config.experts if self.family.has_experts else 1
         if experts > max([len(files.found), *(shape[0] for shape, _ in files.found.values() if shape)]):
             raise CheckpointError(f"{self.directory}: config.json says {experts} experts, the tensors have fewer")
         table = match(self.family, self.config, files)
@@ -293,7 +293,7 @@ def _in_a_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def describe(directory: Path) -> tuple[ModuleType, Any, dict, Any]:
+def describe(directory: Path) -> tuple[Family, Any, dict, Any]:
     """Family, config, config.json and tokenizer of a checkpoint, HF's or ours."""
     file = directory / "config.json"
     hf = read_object(directory, "config.json")
@@ -303,9 +303,9 @@ def describe(directory: Path) -> tuple[ModuleType, Any, dict, Any]:
     architectures = hf.get("architectures") or []
     if not isinstance(architectures, list):
         architectures = [architectures]
-    names = [n for n, family in FAMILIES.items() if any(name in family.ARCHITECTURES for name in architectures)]
+    names = [n for n, family in FAMILIES.items() if any(name in family.architectures for name in architectures)]
     if not names:
-        known = "; ".join(f"{n} ({', '.join(family.ARCHITECTURES)})" for n, family in FAMILIES.items())
+        known = "; ".join(f"{n} ({', '.join(family.architectures)})" for n, family in FAMILIES.items())
         raise UnsupportedModelError(
             f"{file}: unknown model family, architectures={shorten(repr(architectures))}, "
             f"model_type={shorten(repr(hf.get('model_type')))}; djax knows {known}"
@@ -318,7 +318,7 @@ def describe(directory: Path) -> tuple[ModuleType, Any, dict, Any]:
     generation = read_object(directory, GENERATION) or {}
     check_dtypes(directory, hf)
     mask_id, eos_ids, named = _special_ids(hf, generation, tokenizer, family, directory)
-    config = family.Config.from_hf(hf, mask_id=mask_id, eos_id=eos_ids[0], more_eos_ids=eos_ids[1:])
+    config = family.config_type.from_hf(hf, mask_id=mask_id, eos_id=eos_ids[0], more_eos_ids=eos_ids[1:])
     _check_ids(mask_id, eos_ids, named, config.vocab, directory)
     check_generation_config(directory, hf, generation)
     if GENERATION in named["eos"] and eos_ids != named["eos"].get(CONFIG):
@@ -333,7 +333,7 @@ Named = dict[str, dict[str, tuple[int, ...]]]
 
 
 def _special_ids(
-    hf: dict, generation: dict, tokenizer: Any, family: ModuleType, directory: Path
+    hf: dict, generation: dict, tokenizer: Any, family: Family, directory: Path
 ) -> tuple[int, tuple[int, ...], Named]:
     """The mask's id; the ids that end an answer; and every id that the checkpoint names: role -> file -> ids.
 
@@ -363,11 +363,11 @@ def _special_ids(
         raise CheckpointError(f"{directory}: the mask token id differs, {which}; correct the wrong file")
     mask = next(iter(named["mask"].values()), None)
     if mask is None:
-        mask = (_announce("mask", family.DEFAULT_MASK_ID, directory),)
+        mask = (_announce("mask", family.mask_id, directory),)
     eos = named["eos"].get(CONFIG)
     generated = named["eos"].get(GENERATION, ())
     if eos is None:
-        eos = generated or named["eos"].get(TOKENIZER) or (_announce("eos", family.DEFAULT_EOS_ID, directory),)
+        eos = generated or named["eos"].get(TOKENIZER) or (_announce("eos", family.eos_id, directory),)
     elif set(eos) < set(generated):
         eos += tuple(one for one in generated if one not in eos)
     return mask[0], eos, named
@@ -410,7 +410,7 @@ def _announce(name: str, value: int, directory: Path) -> int:
     return value
 
 
-def shapes(family: ModuleType, config: Any, dtype: Any) -> dict[rules.Path, jax.ShapeDtypeStruct]:
+def shapes(family: Family, config: Any, dtype: Any) -> dict[rules.Path, jax.ShapeDtypeStruct]:
     """Each parameter's shape and dtype in a model of this dtype."""
     return traverse_util.flatten_dict(nn.meta.unbox(family.abstract(config, dtype)))
 
@@ -425,7 +425,7 @@ def parameter_dtype(hf: dict, stored: dict[str, str], wish: str | None) -> Any:
     return DTYPES.get(declared, jnp.float32)
 
 
-def match(family: ModuleType, config: Any, files: TensorFiles) -> list[rules.Rule]:
+def match(family: Family, config: Any, files: TensorFiles) -> list[rules.Rule]:
     """The rule table of the layout the files are in, checked strictly."""
 
     def count_known(table: list[rules.Rule]) -> int:
@@ -433,27 +433,18 @@ def match(family: ModuleType, config: Any, files: TensorFiles) -> list[rules.Rul
         return len(set(rules.undo_prefix(files.found, wanted)[0].values()) & wanted)
 
     # The layout whose names match best; whatever does not match it is reported against it.
-    table = max(layouts(family, config).values(), key=count_known)
+    table = max(family.layouts(config).values(), key=count_known)
     rules.check(files.found, table, {path: leaf.shape for path, leaf in shapes(family, config, jnp.float32).items()})
     return table
 
 
-def layouts(family: ModuleType, config: Any) -> dict[str, list[rules.Rule]]:
-    """The rule tables of a family; `hf` is what an export writes."""
-    return TABLES[name_of(family)](config)
-
-
-def name_of(family: ModuleType) -> str:
-    return next(name for name, module in FAMILIES.items() if module is family)
-
-
-def written(family: ModuleType, config: Any) -> list[rules.Rule]:
+def written(family: Family, config: Any) -> list[rules.Rule]:
     """What an export writes: the rules that share a parameter together, so that each parameter is fetched once."""
-    return sorted(layouts(family, config)["hf"], key=lambda rule: rule.target)
+    return sorted(family.layouts(config)["hf"], key=lambda rule: rule.target)
 
 
 def kinds(
-    family: ModuleType, config: Any, stored: dict[str, str], have: Any, wish: str | None
+    family: Family, config: Any, stored: dict[str, str], have: Any, wish: str | None
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shape and dtype of each tensor of an export: the dtype that is wished, else the one it is known to have had, but never
     wider than its parameter in a model of dtype `have`."""
@@ -469,7 +460,7 @@ def kinds(
         return wide if wide.itemsize <= narrowest.itemsize else narrowest
 
     # In the table's order, by which tensors are dealt out to shards: those of a checkpoint that comes back lie where they lay.
-    return {rule.source: (rule.shape, kind(rule)) for rule in layouts(family, config)["hf"]}
+    return {rule.source: (rule.shape, kind(rule)) for rule in family.layouts(config)["hf"]}
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:

@@ -7,11 +7,12 @@ import jax
 import numpy as np
 
 from djax.models.layers import Cache
+from djax.models.sight import rank_keys, see
 
 
 @partial(jax.jit, static_argnames=("family", "config"))
 def network(params, x, at, valid, cached, *, family, config):
-    x, fresh = family.trunk(params, config, x, at, valid, cached)
+    x, fresh = family.trunk(params, config, x, at, see("all", at, valid, 1), cached)
     return family.unembed(params, config, x), fresh
 
 
@@ -89,7 +90,7 @@ class DInfer:
         for row in range(rows):
             x = np.zeros((1, width, self.table.shape[1]), np.float32)
             x[0, : right - left] = (self.soft if self.smooth else self.table[self.canvas])[row, left:right]
-            cached = Cache(self.cached[row], visible[None]) if window else None
+            cached = Cache(self.cached[row], rank_keys("all", None, visible[None], 1)) if window else None
             outputs.append(network(self.model.params, x, at, valid, cached, family=self.model.family, config=c))
         logits = np.stack([np.asarray(z)[0, : right - left] for z, _ in outputs])
         threshold = s.get("threshold") or 2.0

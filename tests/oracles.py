@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from djax.source import describe, layouts
+from djax.source import describe
 
 FILE = Path(__file__).parent / "goldens" / "oracles.npz"
 # An eps that is seen in the logits. Everything else as small as it can be with nothing left out.
@@ -79,7 +79,7 @@ def checkpoint(directory, case, seed=0):
     (directory / "config.json").write_text(json.dumps(CONFIGS[case]))
     family, config, *_ = describe(directory)
     tensors = {}
-    for source, shape in {rule.source: rule.shape for rule in layouts(family, config)["hf"]}.items():
+    for source, shape in {rule.source: rule.shape for rule in family.layouts(config)["hf"]}.items():
         drawn = np.random.RandomState(zlib.crc32(f"{seed} {source}".encode())).randint(-96, 97, shape) / 256
         around = 1 if len(shape) == 1 and not source.endswith("bias") else 0  # a norm's scales
         tensors[source] = (drawn + around).astype(np.float32)

@@ -13,11 +13,12 @@ import numpy as np
 
 from djax.decoding.contract import Look, Tick
 from djax.models.layers import Cache
+from djax.models.sight import rank_keys, see
 
 
 @partial(jax.jit, static_argnames=("family", "config"))
 def trunk(params, x, at, valid, cache, *, family, config):
-    return family.trunk(params, config, x, at, valid, cache)
+    return family.trunk(params, config, x, at, see("all", at, valid, 1), cache)
 
 
 @partial(jax.jit, static_argnames=("family", "config", "top"))
@@ -62,7 +63,7 @@ def decode(
             visible = np.zeros((1, length), bool)
             visible[0, :total] = True
             visible[0, left:right] = False
-            behind = Cache(cache, jnp.asarray(visible))
+            behind = Cache(cache, rank_keys("all", None, jnp.asarray(visible), 1))
         x, fresh = trunk(params, jnp.asarray(x), jnp.asarray(at), jnp.asarray(valid), behind, family=family, config=c)
         logits = np.zeros((1, block_length, c.vocab), np.float32)
         logits[0, : end - begin] = family.unembed(params, c, x[:, begin - left : end - left])[0]

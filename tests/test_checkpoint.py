@@ -17,9 +17,9 @@ from safetensors.numpy import load_file, save_file
 
 import djax
 from djax.checkpoint import inspect
-from djax.convert import TABLES
 from djax.convert.rules import check
 from djax.errors import CheckpointError, OptionError, PathError, UnsupportedModelError
+from djax.models import FAMILIES
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def shapes(params):
 
 
 def test_every_rule_table_fills_every_element_once(moe_a):
-    for table in TABLES["llada_moe"](moe_a.config).values():
+    for table in FAMILIES["llada_moe"].layouts(moe_a.config).values():
         filled = {path: np.zeros(shape, int) for path, shape in shapes(moe_a.params).items()}
         for rule in table:
             filled[rule.target][rule.index] += 1
@@ -130,7 +130,7 @@ def test_every_rule_table_fills_every_element_once(moe_a):
 
 
 def test_a_gap_in_a_rule_table_is_found(moe_a):
-    table = TABLES["llada_moe"](moe_a.config)["hf"]
+    table = FAMILIES["llada_moe"].layouts(moe_a.config)["hf"]
     found = {rule.source: (rule.shape, "F32") for rule in table}
     check(found, table, shapes(moe_a.params))
     with pytest.raises(CheckpointError, match=r"1 problems.*\n.*parameter extra has 3 elements, rules fill 0"):
@@ -298,7 +298,7 @@ def test_every_number_of_a_config(name):
     for key in [*hf, "rope_parameters", "n_kv_heads", "mlp_ratio", "partial_rotary_factor", "n_group", "topk_group"]:
         for value in STRANGE:
             try:
-                config = family.Config.from_hf(hf | {key: value}, mask_id=1, eos_id=0)
+                config = family.config_type.from_hf(hf | {key: value}, mask_id=1, eos_id=0)
             except UnsupportedModelError as error:
                 assert len(str(error)) < 2000
             else:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -196,7 +195,7 @@ def test_blocks_see_nothing_after_them_in_a_block_causal_family():
     losses = jax.jit(lambda rows: trainer.batch_loss(model.params, rows, keys, jnp.float32(0), **statics)[1][0])
     longer = rows._replace(total=np.full(8, 32, np.int32))
     np.testing.assert_allclose(losses(longer), losses(rows), rtol=1e-5)
-    sees_all = dict(statics, family=SimpleNamespace(**{**vars(model.family), "BLOCK_CAUSAL": False}))
+    sees_all = dict(statics, family=dataclasses.replace(model.family, visibility="all"))
     wide = jax.jit(lambda rows: trainer.batch_loss(model.params, rows, keys, jnp.float32(0), **sees_all)[1][0])
     assert (np.abs(wide(longer) - wide(rows)) > 1e-3).any(), "without the rule it would matter"
 

@@ -175,7 +175,7 @@ def test_the_page():
         "1 whole canvas of 40",
     ]
     assert re.split(" {2,}", second)[-1] == "1 whole canvas of 40"
-    without = djax.explain(toy_model(family=family("empty_cache", "expected_embedding")), [1], gen_length=8)
+    without = djax.explain(toy_model(family=family("caches", "smooths")), [1], gen_length=8)
     assert without.facts["legal"].startswith("cache: no; smoothing: no;")
     assert without.facts["cache"] == without.facts["smoothing"] == "None"
     assert "decoder" in without.facts["memory"]

@@ -10,12 +10,13 @@ import pytest
 from conftest import GOLDENS
 
 import djax
-from djax.models import llada, llada2, llada_moe, moe
-from djax.models.layers import Cache, flat, partly_rotated, rotary_angles, rotate
+from djax.convert.llada2 import order_rotated
+from djax.models import moe
+from djax.models.layers import Cache, flat, rotary_angles, rotate
+from djax.models.sight import rank_keys, see
 from djax.models.transformer import Layer
 
 DATA = {key: array for name in ("moe", "other") for key, array in np.load(GOLDENS / f"{name}_forward.npz").items()}
-NETWORKS = {llada_moe: llada_moe.LLaDAMoE, llada: llada.LLaDA, llada2: llada2.LLaDA2}
 # Float32 against float64 of these models differs by up to 6e-5 in a logit; logits reach 22.
 TOLERANCE = 3e-4
 
@@ -32,16 +33,18 @@ def model(request):
 @partial(jax.jit, static_argnames=("family", "config"))
 def window(params, x, at, cache, *, family, config):
     """Logits of the positions `at` against a cache, and their keys and values."""
-    x, fresh = family.trunk(params, config, x, at, jnp.ones(at.shape, bool), cache)
+    x, fresh = family.trunk(params, config, x, at, see(family.visibility, at, jnp.ones(at.shape, bool), 16), cache)
     return family.unembed(params, config, x), fresh
 
 
 @partial(jax.jit, static_argnames=("family", "config"))
-def canvas(params, x, until, *, family, config):
+def canvas(params, x, block, *, family, config):
     """A whole canvas: the trunk's output, keys and values, each layer's output, and the routers' probabilities and choices."""
-    (x, kv), collected = NETWORKS[family](config).apply(
+    at = positions(0, x.shape[1])
+    sight = see("all" if block is None else family.visibility, at, jnp.ones(x.shape[:2], bool), block)
+    (x, kv), collected = family.network(config).apply(
         {"params": params},
-        *(x, positions(0, x.shape[1]), jnp.ones(x.shape[:2], bool), None, until),
+        *(x, at, sight, None),
         method="trunk",
         capture_intermediates=lambda module, _: isinstance(module, Layer),
         mutable=["intermediates", "routing"],
@@ -59,7 +62,7 @@ def run(function, model, x, *arguments):
 
 
 def name_of(model):
-    name = model.family.__name__.rsplit(".", 1)[-1]
+    name = model.family.name
     return {"llada": "dense", "llada_moe": "moe_a" if model.config.layers == 3 else "moe_b"}.get(name, name)
 
 
@@ -72,11 +75,11 @@ def positions(start, end):
 
 
 def recorded_canvas(model):
-    """Name and tokens of the recorded canvas, and up to where its positions see: LLaDA2's under its mask."""
+    """Name and tokens of the recorded canvas, and its block length: LLaDA2's is under its mask."""
     if not model.block_causal:
         return "full", golden(model, "full/tokens"), None
     block = int(golden(model, "masked/block_length"))
-    return "masked", golden(model, "masked/tokens"), (positions(0, 48) // block + 1) * block
+    return "masked", golden(model, "masked/tokens"), block
 
 
 def recorded_kv(model, key):
@@ -90,12 +93,14 @@ def recorded_kv(model, key):
         return kv
     kv = golden(model, key).copy()
     if model.block_causal:
-        kv[:, 0] = kv[:, 0][..., partly_rotated(c.head_dim, c.rotated)]
+        kv[:, 0] = kv[:, 0][..., order_rotated(c.head_dim, c.rotated)]
     return kv
 
 
 def cache_of(kv, visible):
-    return Cache(tuple((flat(jnp.asarray(k)), flat(jnp.asarray(v))) for k, v in kv), jnp.asarray(visible))
+    return Cache(
+        tuple((flat(jnp.asarray(k)), flat(jnp.asarray(v))) for k, v in kv), rank_keys("all", None, jnp.asarray(visible), 1)
+    )
 
 
 def assert_kv(kv, recorded):
@@ -125,10 +130,10 @@ def test_llada2s_canvas_with_and_without_the_mask(llada2):
 
 @on_all
 def test_layers_keys_and_values(model):
-    case, tokens, until = recorded_canvas(model)
+    case, tokens, block = recorded_canvas(model)
     hidden = golden(model, f"{case}/hidden")  # the embedding, what each layer but the last gave, the last norm's output
     np.testing.assert_array_equal(model.family.embed(model.params, model.config, tokens), hidden[0])
-    x, kv, outputs, _ = run(canvas, model, tokens, until)
+    x, kv, outputs, _ = run(canvas, model, tokens, block)
     np.testing.assert_allclose(outputs[:-1], hidden[1:-1], atol=TOLERANCE)
     np.testing.assert_allclose(x, hidden[-1], atol=TOLERANCE)
     assert_kv(kv, recorded_kv(model, f"{case}/kv"))
@@ -136,8 +141,8 @@ def test_layers_keys_and_values(model):
 
 @on_all_with_a_router
 def test_router_choices(model):
-    case, tokens, until = recorded_canvas(model)
-    _, _, _, routing = run(canvas, model, tokens, until)
+    case, tokens, block = recorded_canvas(model)
+    _, _, _, routing = run(canvas, model, tokens, block)
     logits = golden(model, f"{case}/router_logits")
     probs = jax.nn.sigmoid(logits) if model.block_causal else jax.nn.softmax(logits)
     np.testing.assert_allclose([p for p, _ in routing], probs, atol=1e-5)
@@ -197,7 +202,9 @@ def test_window_on_unchanged_tokens_equals_the_full_forward(model):
     tokens = golden(model, "full/tokens")
     full, kv, *_ = run(canvas, model, tokens, None)
     at = positions(0, 48)
-    logits, _ = run(window, model, tokens[:, 20:32], positions(20, 32), Cache(kv, (at < 20) | (at >= 32)))
+    logits, _ = run(
+        window, model, tokens[:, 20:32], positions(20, 32), Cache(kv, rank_keys("all", at, (at < 20) | (at >= 32), 1))
+    )
     np.testing.assert_allclose(logits, model.family.unembed(model.params, model.config, full[:, 20:32]), atol=1e-4)
 
 

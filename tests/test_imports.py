@@ -26,21 +26,34 @@ ALLOWED = {
     "djax/chat_template.py": ("errors", "bounded_jinja"),
     "djax/text.py": ("errors", "chat_template", "checks", "prompts", "tokenizer_files"),
     "djax/native": ("errors", "files", "private", "sharding"),
-    "djax/models": ("errors", "models", "native", "process", "sharding"),
+    "djax/models": ("errors", "convert", "models", "native", "process", "sharding"),
     "djax/decoding": ("errors", "checks", "pytree", "native", "sharding", "decoding"),
     "djax/caching": ("checks", "pytree", "caching", "decoding.contract"),
     "djax/smoothing.py": ("checks", "pytree"),
     "djax/trace.py": (),
     "djax/plugs.py": ("errors", "checks"),
-    "convert": ("errors", "checkpoint_files", "convert", "directories", "files", "models.layers"),
+    "convert": ("errors", "checkpoint_files", "convert", "directories", "files"),
     "djax/directories.py": ("errors", "checks"),
     "djax/source.py": (*("errors", "checkpoint_files", "consistency", "files", "text", "convert", "models", "sharding"),),
     "djax/sharding.py": ("errors", "checks", "process"),
     "djax/model.py": (
-        *("errors", "checks", "compilation", "models.quantized", "native", "process", "programs", "prompts", "sharding"),
+        *(
+            "errors",
+            "checks",
+            "compilation",
+            "models.family",
+            "models.quantized",
+            "models.sight",
+            "native",
+            "process",
+            "programs",
+            "prompts",
+            "sharding",
+        ),
     ),
     "djax/program.py": (
-        *("caching.contract", "decoding.contract", "decoding.not_before", "models.layers", "process", "smoothing", "trace"),
+        *("caching.contract", "decoding.contract", "decoding.not_before", "models.family", "models.layers", "models.sight"),
+        *("process", "smoothing", "trace"),
     ),
     "djax/checkpoint.py": (
         *("errors", "checks", "convert", "directories", "model", "models", "process", "sharding", "source"),
@@ -77,7 +90,18 @@ ALLOWED = {
     "djax/pictures": ("errors", "files", "pictures"),
     "djax/distill": (
         *("errors", "checks", "compilation", "plugs", "pytree", "caching", "decoding", "smoothing", "model", "generate"),
-        *("checkpoint", "files", "models.hf", "process", "sharding", "source", "training", "distill"),
+        *(
+            "checkpoint",
+            "files",
+            "models.family",
+            "models.hf",
+            "models.sight",
+            "process",
+            "sharding",
+            "source",
+            "training",
+            "distill",
+        ),
     ),
     "djax/training": (
         *("errors", "compilation", "directories", "files", "text", "models", "model", "checkpoint", "generate", "process"),
@@ -110,6 +134,7 @@ def test_the_arrows():
 def test_flax_lives_in_models_and_where_trees_are_read():
     users = {f.relative_to(ROOT).as_posix() for f in (ROOT / "djax").rglob("*.py") if any("flax" in n for n in imported(f))}
     assert users == {
+        "djax/models/family.py",
         "djax/models/transformer.py",
         "djax/models/llada2.py",
         "djax/source.py",

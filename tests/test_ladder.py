@@ -213,7 +213,7 @@ def wordy(small):
     """The tiny model with the shipped model's words."""
     ids = dict(vocab=small.config.vocab, mask_id=small.config.mask_id, eos_id=small.config.eos_id)
     config = dataclasses.replace(CONFIG, **ids)
-    return Model(llada_moe, config, llada_moe.init(config, jax.random.key(0)), small.tokenizer, {}, {})
+    return Model(llada_moe.FAMILY, config, llada_moe.FAMILY.init(config, jax.random.key(0)), small.tokenizer, {}, {})
 
 
 def test_the_oracle_gives_the_answer_it_knows_in_fewer_forwards(wordy):

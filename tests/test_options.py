@@ -83,7 +83,7 @@ def test_a_reach_as_long_as_the_canvas_is_legal():
 
 
 def test_a_family_without_cache_or_soft_embeddings():
-    plain = toy_model(family=family("empty_cache", "expected_embedding"))
+    plain = toy_model(family=family("caches", "smooths"))
     with pytest.raises(OptionError, match=r"cache: expected None, since the family toy keeps no keys .*; got Dual\(every=None"):
         djax.generate(plain, IDS, cache=djax.Dual())
     with pytest.raises(OptionError, match=r"smoothing: expected None, since the family toy takes no soft .*; got Smoothing"):

@@ -5,7 +5,6 @@ from HF's tensors. Shapes alone; nothing is allocated.
 import dataclasses
 import math
 import re
-from types import ModuleType
 
 import jax.numpy as jnp
 import pytest
@@ -14,7 +13,8 @@ from djax.benchmarks.compile import LLADA_MOE_7B
 from djax.convert import rules
 from djax.errors import CheckpointError
 from djax.models import llada, llada2, llada_moe
-from djax.source import layouts, shapes
+from djax.models.family import Family
+from djax.source import shapes
 
 LLADA2 = {
     "vocab_size": 157184,
@@ -49,7 +49,7 @@ class Published:
     """hf: config.json, as far as it says anything about the forward. total: billions of parameters, as they are given.
     tensors: how many the checkpoint has. parameters: counted by hand. wide: how many stay float32 in a bfloat16 model."""
 
-    family: ModuleType
+    family: Family
     hf: dict
     total: str
     tensors: int
@@ -68,7 +68,7 @@ def by_hand(vocab, width, dense_layers, dense_width, moe_layers, expert_width, h
 
 MODELS = {
     "LLaDA-MoE-7B-A1B": Published(
-        llada_moe,
+        llada_moe.FAMILY,
         LLADA_MOE_7B
         | {
             "moe_layer_freq": [1] * 16,
@@ -85,7 +85,7 @@ MODELS = {
         2 * 157184 * 2048 + 2048 + 16 * (4 * 2048**2 + 64 * 3 * 2048 * 1024 + 64 * 2048 + 2 * 2048 + 2 * 128),
     ),
     "LLaDA-8B": Published(
-        llada,
+        llada.FAMILY,
         {
             "d_model": 4096,
             "n_layers": 32,
@@ -111,7 +111,7 @@ MODELS = {
         2 * 126464 * 4096 + 4096 + 32 * (4 * 4096**2 + 3 * 4096 * 12288 + 2 * 4096),
     ),
     "LLaDA2.0-mini, LLaDA2.1-mini": Published(
-        llada2,
+        llada2.FAMILY,
         LLADA2
         | {
             "hidden_size": 2048,
@@ -127,7 +127,7 @@ MODELS = {
     ),
     # Its own config.json we have not seen: these are Ling-flash-2.0's sizes, which give the total that is published.
     "LLaDA2.0-flash, LLaDA2.1-flash": Published(
-        llada2,
+        llada2.FAMILY,
         LLADA2
         | {
             "hidden_size": 4096,
@@ -146,7 +146,7 @@ MODELS = {
 
 def config_of(model):
     family = model.family
-    return family.Config.from_hf(model.hf, mask_id=family.DEFAULT_MASK_ID, eos_id=family.DEFAULT_EOS_ID)
+    return family.config_type.from_hf(model.hf, mask_id=family.mask_id, eos_id=family.eos_id)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -172,7 +172,7 @@ def test_llada_moes_mebibytes():
 def test_hfs_tensors_fill_exactly_these(name):
     model = MODELS[name]
     config = config_of(model)
-    table = layouts(model.family, config)["hf"]
+    table = model.family.layouts(config)["hf"]
     found = {rule.source: (rule.shape, "BF16") for rule in table}
     assert len(found) == model.tensors
     assert sum(math.prod(shape) for shape, _ in found.values()) == model.parameters

@@ -3,7 +3,7 @@
 import jax
 
 from djax.model import Model
-from djax.models import llada, llada2, llada_moe
+from djax.models import FAMILIES, llada, llada2, llada_moe
 
 SHARED = dict(vocab=48, width=16, rope_theta=10000.0, eps=1e-5, max_positions=256, mask_id=47, eos_id=46)
 CONFIG = llada_moe.Config(
@@ -30,6 +30,6 @@ LLADA2 = llada2.Config(
 
 def tiny_model(seed=0, config=CONFIG):
     """Sharp enough (the head is scaled up) that confidences are anywhere between 0 and 1."""
-    family = {llada_moe.Config: llada_moe, llada.Config: llada, llada2.Config: llada2}[type(config)]
+    family = next(family for family in FAMILIES.values() if type(config) is family.config_type)
     params = family.init(config, jax.random.key(seed))
     return Model(family, config, params | {"head": 4 * params["head"]}, None, {}, {})

@@ -5,20 +5,19 @@ can be counted by hand. For laws about forwards, which are the program's and not
 a real one's time, and what it says and where it doubts are parameters, which compile nothing.
 """
 
-from types import ModuleType
-
 import jax
 import jax.numpy as jnp
 from tiny import CONFIG
 
 from djax.model import Model
+from djax.models.family import Family
 
 
 def embed(params, config, tokens):
     return params["embedding"][tokens]
 
 
-def trunk(params, config, x, positions, valid, cache=None):
+def trunk(params, config, x, positions, sight, cache=None):
     """Carries the positions; what it returns as keys and values nobody reads."""
     x = positions[..., None].astype(jnp.float32)
     return x, ((x[..., None], x[..., None]),)
@@ -40,11 +39,12 @@ def empty_cache(params, config, batch, length):
 
 
 def family(*without, **instead):
-    """The functions above as a family module: without some of them, or with others in their place."""
-    module = ModuleType("djax.models.toy")
+    """The functions above as a family: some with others in their place; `without` caches or smooths."""
     functions = dict(embed=embed, trunk=trunk, unembed=unembed, expected_embedding=expected_embedding, empty_cache=empty_cache)
-    vars(module).update({name: f for name, f in (functions | instead).items() if name not in without})
-    return module
+    functions |= {"back_ends": lambda *_: {}} | instead
+    kind = type("Toy", (Family,), {name: staticmethod(f) for name, f in functions.items()})
+    able = {name: name not in without for name in ("caches", "smooths")}
+    return kind("toy", (), type(CONFIG), None, None, mask_id=CONFIG.mask_id, eos_id=CONFIG.eos_id, **able)
 
 
 TOY = family()

@@ -6,7 +6,6 @@ MLPs maps from or to "embed"; experts have an adapter each. Embedding, head, rou
 
 import dataclasses
 import math
-from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +15,7 @@ from flax import traverse_util
 
 from djax.checks import integer, number
 from djax.errors import OptionError
+from djax.models.family import Family
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Lora:
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
-def adapters(lora: Lora, family: ModuleType, config: Any, key: jax.Array) -> dict[str, Any]:
+def adapters(lora: Lora, family: Family, config: Any, key: jax.Array) -> dict[str, Any]:
     """The tree of adapters: for each matrix a `{"a": [E?, in, rank], "b": [E?, rank, out]}` in float32, b of zeros, so that
     the adapted model begins as the model itself."""
     out = {}
@@ -65,7 +65,7 @@ def _pairs(adapters: Any) -> dict[tuple[str, ...], dict[str, jax.Array]]:
     return pairs
 
 
-def _matrices(family: ModuleType, config: Any) -> dict[tuple[str, ...], tuple[tuple[int, ...], int, int]]:
+def _matrices(family: Family, config: Any) -> dict[tuple[str, ...], tuple[tuple[int, ...], int, int]]:
     """Each adapted parameter's path: its experts' axis, if it has one, and the sizes it maps from and to."""
     boxed = family.abstract(config, jnp.float32)
     shapes = {p: a.shape for p, a in traverse_util.flatten_dict(nn.meta.unbox(boxed)).items()}

@@ -23,7 +23,6 @@ from djax.errors import TraceError
 from djax.files import expand_home, parse_json, read_text, write
 from djax.model import Model
 from djax.models.hf import list_settings
-from djax.source import name_of
 
 MANIFEST, FORMAT = "store.json", 1
 _PART = "part-{:05d}.npz"
@@ -76,7 +75,7 @@ def checksum(model: Model) -> str:
     """
     sums = jax.device_get(_sums(model.params))
     leaves = [(jax.tree_util.keystr(path), np.shape(a), int(s)) for (path, a), s in _pairs(model.params, sums)]
-    described = [name_of(model.family), list_settings(model.config), sorted(leaves)]
+    described = [model.family.name, list_settings(model.config), sorted(leaves)]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 

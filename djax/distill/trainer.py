@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +30,8 @@ from djax.distill.store import Trajectory, checksum
 from djax.errors import OptionError, TrainingError
 from djax.files import expand_home
 from djax.model import Model, computing
+from djax.models.family import Family
+from djax.models.sight import see
 from djax.process import make_key, with_own_settings
 from djax.sharding import DATA
 from djax.training.objective import balance_loss
@@ -172,7 +173,7 @@ def _matrices(params: Any) -> Any:
 
 
 def batch_loss(
-    params: Any, rows: Row, keys: jax.Array, progress: jax.Array, *, family: ModuleType, config: Any, recipe: Recipe, parts: int
+    params: Any, rows: Row, keys: jax.Array, progress: jax.Array, *, family: Family, config: Any, recipe: Recipe, parts: int
 ) -> tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]:
     """The loss of some rows: the mean over rows of the objectives' losses, and the balance loss over all they show the network.
 
@@ -191,10 +192,9 @@ def batch_loss(
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     totals = jnp.tile(rows.total, len(shown))
     blocks = jnp.tile(rows.block, len(shown))[:, None]
-    until = (positions // blocks + 1) * blocks if getattr(family, "BLOCK_CAUSAL", False) else None
-    valid = positions < totals[:, None]
+    sight = see(family.visibility, positions, positions < totals[:, None], blocks)
     x = family.embed(params, config, tokens)
-    x, routing = family.trunk_with_routing(params, config, x, positions, valid, until, remat=recipe.remat)
+    x, routing = family.trunk_with_routing(params, config, x, positions, sight, remat=recipe.remat)
 
     count = len(rows.total)
     whole = 4 * count * tokens.shape[1] * config.vocab <= AT_ONCE
@@ -214,7 +214,7 @@ def batch_loss(
     loss = jnp.mean(losses)
     if routing:
         over = (lambda a: jax.lax.pmean(a, DATA)) if parts > 1 else None
-        logged["balance"] = balance_loss(routing, valid.reshape(-1), over)
+        logged["balance"] = balance_loss(routing, sight.valid.reshape(-1), over)
         loss += recipe.balance * logged["balance"]
     return loss, (losses, logged)
 
@@ -262,7 +262,7 @@ def gradient(
 class _Static:
     """What an update's program is made for; compared by identity, so each training compiles its own. places: of the state."""
 
-    family: ModuleType
+    family: Family
     config: Any
     recipe: Recipe
     mesh: Any

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from djax.models import attention_cpu
 from djax.models.layers import HIDDEN, attend, flat, rms_norm, rotate
+from djax.models.sight import HIDDEN_RANK, Sight
 from djax.native import kernels_wanted
 from djax.sharding import split
 
@@ -26,22 +27,21 @@ def attention(
     qkv: jax.Array,
     norms: Pair | None,
     angles: Pair,
-    valid: jax.Array,
+    sight: Sight,
     cached: Pair | None,
-    visible: jax.Array | None,
-    until: jax.Array | None,
+    cached_rank: jax.Array | None,
     eps: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalise and rotate queries and keys, then attend.
 
     qkv `[B, W, G, H / G + 2, K]`: a group's queries, its key, its value. norms: weights `[K]` of the queries' and the
     keys' normalisation, None where a family has none. angles: cos and sin `[B, W, K / 2]` (`layers.rotary_angles`); their
-    dtype, if wider, is what heads are rotated in. valid, cached, visible, until: as in `attend`.
+    dtype, if wider, is what heads are rotated in. sight, cached, cached_rank: as in `attend`.
     Returns the attended values `[B, W, H, K]` and the window's k (after rotary) and v, `[B, G, W * K]` each.
     The form is chosen when the program is lowered: the kernel on CUDA if it `suits`, the C++ function on a CPU if it can be
     had, else the plain one.
     """
-    arguments, head_dim = (qkv, norms, angles, valid, cached, visible, until), qkv.shape[-1]
+    arguments, head_dim = (qkv, norms, angles, sight, cached, cached_rank), qkv.shape[-1]
     forms = {"cuda": fused} if suits(head_dim) else {}
     forms |= {"cpu": on_cpu} if attention_cpu.why_not(head_dim, qkv.dtype) is None else {}
     return jax.lax.platform_dependent(*arguments, **{p: partial(f, eps=eps) for p, f in (forms | {"default": plain}).items()})
@@ -67,10 +67,9 @@ def plain(
     qkv: jax.Array,
     norms: Pair | None,
     angles: Pair,
-    valid: jax.Array,
+    sight: Sight,
     cached: Pair | None,
-    visible: jax.Array | None,
-    until: jax.Array | None,
+    cached_rank: jax.Array | None,
     *,
     eps: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -82,7 +81,7 @@ def plain(
         q, k = (rms_norm(x, norm, eps) for x, norm in zip((q, k), norms, strict=True))
     k = rotate(k, *angles).swapaxes(1, 2)
     v = qkv[:, :, :, -1].swapaxes(1, 2)
-    return attend(rotate(q, *angles), k, v, valid, cached, visible, until), flat(k), flat(v)
+    return attend(rotate(q, *angles), k, v, sight, cached, cached_rank), flat(k), flat(v)
 
 
 def fused(*arguments: Any, eps: float, interpret: bool = False) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -100,7 +99,7 @@ def on_cpu(*arguments: Any, eps: float) -> tuple[jax.Array, jax.Array, jax.Array
 
 def _whole(call: Callable[..., tuple], arguments: tuple, eps: float) -> tuple[jax.Array, jax.Array, jax.Array]:
     """call(*arguments) with the gradient of `plain`; under a mesh each device runs it for its own heads."""
-    _, norms, _, _, cached, visible, until = arguments
+    _, norms, _, sight, cached, cached_rank = arguments
 
     @jax.custom_vjp
     def run(*arguments: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -112,10 +111,9 @@ def _whole(call: Callable[..., tuple], arguments: tuple, eps: float) -> tuple[ja
             heads,
             None if norms is None else (P(), P()),
             (P(), P()),
-            P(),
+            jax.tree.map(lambda _: P(), sight),
             None if cached is None else (kv, kv),
-            None if visible is None else P(),
-            None if until is None else P(),
+            None if cached_rank is None else P(),
         )
         shards = jax.shard_map(call, in_specs=specs, out_specs=(heads, kv, kv), axis_names={"model"}, check_vma=False)
         return shards(*arguments)
@@ -128,10 +126,9 @@ def _call(
     qkv: jax.Array,
     norms: Pair | None,
     angles: Pair,
-    valid: jax.Array,
+    sight: Sight,
     cached: Pair | None,
-    visible: jax.Array | None,
-    until: jax.Array | None,
+    cached_rank: jax.Array | None,
     *,
     eps: float,
     interpret: bool,
@@ -143,15 +140,13 @@ def _call(
 
     batch, window, groups, slots, head_dim = qkv.shape
     heads = groups * (slots - 2)
-    inputs = {"qkv": qkv, "valid": valid.astype(jnp.int32)}
+    inputs = {"qkv": qkv} | {name: a for name, a in sight._asdict().items() if a is not None}
     inputs |= dict(zip(("cos", "sin"), angles, strict=True))
     if norms is not None:
         inputs |= dict(zip(("q_norm", "k_norm"), norms, strict=True))
     if cached is not None:
         layers = (a.reshape(batch, groups, -1, head_dim) for a in cached)
-        inputs |= dict(zip(("cached_k", "cached_v"), layers, strict=True)) | {"visible": visible.astype(jnp.int32)}
-    if until is not None:
-        inputs["until"] = until
+        inputs |= dict(zip(("cached_k", "cached_v"), layers, strict=True)) | {"cached_rank": cached_rank}
     fresh = jax.ShapeDtypeStruct((batch, groups, window, head_dim), qkv.dtype)
 
     def kernel(*refs: Any) -> None:
@@ -174,15 +169,17 @@ def _kernel(
     v_out: Any,
     *,
     qkv: Any,
-    valid: Any,
+    rank: Any,
     cos: Any,
     sin: Any,
     q_norm: Any = None,
     k_norm: Any = None,
     cached_k: Any = None,
     cached_v: Any = None,
-    visible: Any = None,
-    until: Any = None,
+    cached_rank: Any = None,
+    context: Any = None,
+    copy: Any = None,
+    own: Any = None,
     eps: float,
 ) -> None:
     """One head's queries of one tile against all keys, with a running maximum and sum (online softmax, arXiv 1805.02867).
@@ -195,7 +192,7 @@ def _kernel(
     _, window, _, slots, head_dim = qkv.shape
     half, dtype = head_dim // 2, qkv.dtype
     b, h, t = (pl.program_id(n) for n in range(3))
-    group, own = h // (slots - 2), h % (slots - 2)
+    group, slot = h // (slots - 2), h % (slots - 2)
     low, high = pl.ds(0, half), pl.ds(half, half)
     product = partial(jnp.dot, preferred_element_type=jnp.float32, precision="highest" if dtype == jnp.float32 else None)
 
@@ -215,9 +212,13 @@ def _kernel(
         return (one * c - two * s).astype(dtype), (two * c + one * s).astype(dtype)
 
     mine, there, rows = tile(t, QUERIES, window)
-    q_low, q_high = rotated(mine, rows, own, q_norm)
-    # How many of the window's first positions each query sees.
-    sees = None if until is None else plgpu.load(until.at[b, mine], mask=there, other=0)[:, None]
+    q_low, q_high = rotated(mine, rows, slot, q_norm)
+
+    def of_queries(numbers: Any, default: int) -> Any:
+        """A vector of `Sight` at this tile's queries."""
+        return default if numbers is None else plgpu.load(numbers.at[b, mine], mask=there, other=0)[:, None]
+
+    limit, own_limit, own_copy = of_queries(context, HIDDEN_RANK), of_queries(own, HIDDEN_RANK), of_queries(copy, 0)
 
     def take(carry: tuple, k_low: jax.Array, k_high: jax.Array, v: jax.Array, seen: jax.Array) -> tuple:
         top, total, sums = carry
@@ -229,29 +230,31 @@ def _kernel(
         return higher, total * shrink + jnp.sum(weights, axis=1), sums
 
     def from_cache(n: jax.Array, carry: tuple) -> tuple:
-        at, there, rows = tile(n, CACHED, visible.shape[1])
+        at, there, rows = tile(n, CACHED, cached_rank.shape[1])
         k_low, k_high = (rows(cached_k.at[b, group, at, part]) for part in (low, high))
-        seen = plgpu.load(visible.at[b, at], mask=there, other=0) > 0
-        return take(carry, k_low, k_high, rows(cached_v.at[b, group, at, :]), seen[None, :])
+        ranks = plgpu.load(cached_rank.at[b, at], mask=there, other=HIDDEN_RANK)[None, :]
+        return take(carry, k_low, k_high, rows(cached_v.at[b, group, at, :]), ranks < limit)
 
     def from_window(n: jax.Array, carry: tuple) -> tuple:
         at, there, rows = tile(n, FRESH, window)
         k_low, k_high = rotated(at, rows, jnp.int32(slots - 2), k_norm)
         v = rows(qkv.at[b, at, group, jnp.int32(slots - 1), :])
 
-        @pl.when((t == 0) & (own == 0))
+        @pl.when((t == 0) & (slot == 0))
         def _() -> None:
             store = partial(plgpu.store, mask=there[:, None])
             store(k_out.at[b, group, at, low], k_low)
             store(k_out.at[b, group, at, high], k_high)
             store(v_out.at[b, group, at, :], v)
 
-        seen = (plgpu.load(valid.at[b, at], mask=there, other=0) > 0)[None, :]
-        if sees is not None:
-            seen = seen & ((n * FRESH + jnp.arange(FRESH))[None, :] < sees)
+        ranks = plgpu.load(rank.at[b, at], mask=there, other=HIDDEN_RANK)[None, :]
+        seen = ranks < limit
+        if copy is not None:
+            copies = plgpu.load(copy.at[b, at], mask=there, other=0)[None, :]
+            seen = (seen & (copies == 0)) | ((ranks < own_limit) & (copies == own_copy))
         return take(carry, k_low, k_high, v, seen)
 
     start = jnp.full(QUERIES, HIDDEN), jnp.zeros(QUERIES), jnp.zeros((QUERIES, head_dim))
-    carry = start if visible is None else jax.lax.fori_loop(0, pl.cdiv(visible.shape[1], CACHED), from_cache, start)
+    carry = start if cached_rank is None else jax.lax.fori_loop(0, pl.cdiv(cached_rank.shape[1], CACHED), from_cache, start)
     _, total, sums = jax.lax.fori_loop(0, pl.cdiv(window, FRESH), from_window, carry)
     plgpu.store(out.at[b, mine, h, :], (sums / total[:, None]).astype(dtype), mask=there[:, None])

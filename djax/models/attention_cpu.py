@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from djax import native
+from djax.models.sight import Sight
 
 Pair = tuple[jax.Array, jax.Array]
 
@@ -25,10 +26,9 @@ def call(
     qkv: jax.Array,
     norms: Pair | None,
     angles: Pair,
-    valid: jax.Array,
+    sight: Sight,
     cached: Pair | None,
-    visible: jax.Array | None,
-    until: jax.Array | None,
+    cached_rank: jax.Array | None,
     *,
     eps: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -38,15 +38,14 @@ def call(
     Law: a query's result is the same, bit for bit, whatever finite is hidden from it, however many threads there are.
     """
     batch, window, groups, slots, head_dim = qkv.shape
-    none = jnp.zeros((batch, groups, 0), qkv.dtype)
+    none, nobody = jnp.zeros((batch, groups, 0), qkv.dtype), jnp.zeros((batch, 0), jnp.int32)
     arguments = [
         qkv,
         *((jnp.zeros(0, qkv.dtype),) * 2 if norms is None else norms),
         *(a.astype(jnp.float32) for a in angles),
-        valid,
+        *(nobody if a is None else a for a in sight),
         *((none, none) if cached is None else cached),
-        jnp.zeros((batch, 0), bool) if visible is None else visible,
-        jnp.zeros((batch, 0), jnp.int32) if until is None else until,
+        nobody if cached_rank is None else cached_rank,
     ]
     fresh = jax.ShapeDtypeStruct((batch, groups, window * head_dim), qkv.dtype)
     out = jax.ShapeDtypeStruct((batch, window, groups * (slots - 2), head_dim), qkv.dtype)

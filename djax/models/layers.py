@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from djax.models.sight import Sight
 from djax.sharding import split
 
 # Finite, so that a query which sees nothing (a padded window position) gives a number instead of NaN.
@@ -19,11 +20,11 @@ class Cache(NamedTuple):
     layers: one (k, v) a layer, each `[B, G, L * K]` in the parameters' dtype; k after rotary. By head, as attention reads
             them, and flat, so that XLA cannot give them another layout where they are written than where they are read,
             and copy them at every turn in between.
-    visible: bool `[B, L]`, the cached positions this call may attend to.
+    rank:   int32 `[B, L]`, of the cached positions as keys (`Sight`); `HIDDEN_RANK` hides one from this call.
     """
 
     layers: tuple[tuple[jax.Array, jax.Array], ...]
-    visible: jax.Array
+    rank: jax.Array
 
 
 def replicated(x: jax.Array) -> jax.Array:
@@ -58,21 +59,13 @@ def rotary_angles(positions: jax.Array, head_dim: int, theta: float, rotated: in
     """cos and sin, float32 `[B, W, K / 2]`, of the half-split rotary embedding at `positions` int32 `[B, W]`.
 
     Both halves of a head turn by the same angles. rotated: how many features are turned; the others, last in each half, stay as
-    they are (`partly_rotated`).
+    they are (`convert.llada2.order_rotated`).
     """
     rotated = head_dim if rotated is None else rotated
     frequency = 1.0 / theta ** (jnp.arange(0, rotated, 2, dtype=jnp.float32) / rotated)
     frequency = jnp.pad(frequency, (0, (head_dim - rotated) // 2))
     angle = positions[..., None].astype(jnp.float32) * frequency[None, None, :]
     return jnp.cos(angle), jnp.sin(angle)
-
-
-def partly_rotated(head_dim: int, rotated: int) -> list[int]:
-    """Where a head's features come from if HF turns its first `rotated` ones, half-split, and leaves the rest: our order has
-    in each half what is turned first, so that rotary needs no cutting and joining. Scores are sums; the order is free."""
-    turned, rest = rotated // 2, (head_dim - rotated) // 2
-    halves = ([*range(n * turned, (n + 1) * turned), *range(rotated + n * rest, rotated + (n + 1) * rest)] for n in (0, 1))
-    return [feature for half in halves for feature in half]
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -86,15 +79,13 @@ def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    valid: jax.Array,
+    sight: Sight,
     cached: tuple[jax.Array, jax.Array] | None = None,
-    visible: jax.Array | None = None,
-    until: jax.Array | None = None,
+    cached_rank: jax.Array | None = None,
 ) -> jax.Array:
-    """Bidirectional attention of a window over [visible cached positions] and [its own valid positions].
+    """Attention of a window over the cached and its own positions that each of its queries sees.
 
-    q `[B, W, H, K]`; k, v `[B, G, W, K]`, H a multiple of G; valid bool `[B, W]`; cached (k, v) `[B, G, L * K]` with
-    visible bool `[B, L]`; until int32 `[B, W]`, how many of the window's first positions each query sees, None for all.
+    q `[B, W, H, K]`; k, v `[B, G, W, K]`, H a multiple of G; cached (k, v) `[B, G, L * K]` with ranks int32 `[B, L]`.
     Returns `[B, W, H, K]`. Scores and softmax are float32, one softmax over cached and fresh keys
     together, so that they compete exactly as they would in a full forward.
     """
@@ -106,14 +97,11 @@ def attend(
         s = jnp.einsum("bwghk,bglk->bghwl", q, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
         return jnp.where(seen[:, None, None, :, :], s, HIDDEN)
 
-    own = valid[:, None, :]
-    if until is not None:
-        own = own & (jnp.arange(window)[None, None, :] < until[:, :, None])
-    parts = [(scores(q, k, own), v)]
+    parts = [(scores(q, k, sight.sees_fresh()), v)]
     if cached is not None:
         cached_k, cached_v = (a.reshape(batch, groups, -1, head_dim) for a in cached)
         # XLA would join two products with one left side, and copy the cache beside the window's keys to do so.
-        parts.append((scores(jax.lax.optimization_barrier(q), cached_k, visible[:, None, :]), cached_v))
+        parts.append((scores(jax.lax.optimization_barrier(q), cached_k, sight.sees_cached(cached_rank)), cached_v))
     top = reduce(jnp.maximum, (jnp.max(s, axis=-1, keepdims=True) for s, _ in parts))
     weights = [jnp.exp(s - top) for s, _ in parts]
     total = sum(jnp.sum(p, axis=-1) for p in weights)

@@ -9,15 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from djax.models.attention import described
+from djax.convert import llada
+from djax.models.family import Family
 from djax.models.hf import EndIds, Reader
-from djax.models.transformer import Functions, Layer, Transformer
-
-ARCHITECTURES = ("LLaDAModelLM",)
-DEFAULT_MASK_ID = 126336
-DEFAULT_EOS_ID = 126081
+from djax.models.transformer import Layer, Transformer
 
 # Values that every LLaDA leaves so. Anything else changes the forward pass, so it is refused, not ignored.
 _ONLY = {
@@ -115,14 +111,12 @@ class DenseLayer(Layer):
         return self.mlp("mlp", h, self.config.mlp_width)
 
 
-_functions = Functions(LLaDA)
-abstract, init, empty_cache = _functions.abstract, _functions.init, _functions.empty_cache
-embed, trunk, trunk_with_routing = _functions.embed, _functions.trunk, _functions.trunk_with_routing
-unembed, expected_embedding = _functions.unembed, _functions.expected_embedding
-
-
-def back_ends(config: Config, platform: str, dtype: jnp.dtype, held: jnp.dtype) -> dict[str, str]:
-    """Which form of each layer a program for this platform has, for people to read. dtype: of what is computed; held: of the
-    matrices, which makes no difference here."""
-    del held
-    return {"attention": described(platform, config.head_dim, dtype)}
+FAMILY = Family(
+    name="llada",
+    architectures=("LLaDAModelLM",),
+    config_type=Config,
+    network=LLaDA,
+    layouts=llada.layouts,
+    mask_id=126336,
+    eos_id=126081,
+)

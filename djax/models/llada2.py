@@ -13,16 +13,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from djax.convert import llada2
 from djax.models import moe
-from djax.models.attention import described
+from djax.models.family import Family
 from djax.models.hf import EndIds, Reader
-from djax.models.transformer import Functions, Layer, Transformer
-
-ARCHITECTURES = ("LLaDA2MoeModelLM", "LLaDA2MoeModel")
-DEFAULT_MASK_ID = 156895
-DEFAULT_EOS_ID = 156892
-# Positions see their own block and those before it: the program then counts blocks from position 0.
-BLOCK_CAUSAL = True
+from djax.models.transformer import Layer, Transformer
 
 # Values that LLaDA2 leaves so. Anything else changes the forward pass, so it is refused, not ignored.
 _ONLY = {
@@ -127,6 +122,10 @@ class Config(EndIds):
 class LLaDA2(Transformer):
     """Dense layers first, then layers with experts."""
 
+    @property
+    def rotated(self) -> int:
+        return self.config.rotated
+
     def layer(self, n: int) -> Layer:
         kind = DenseLayer if n < self.config.dense_layers else MoELayer
         return kind(self.config, self.dtype, name=f"layer_{n}")
@@ -158,15 +157,14 @@ class MoELayer(Layer):
         return y + self.mlp("shared", h, c.expert_width)
 
 
-_functions = Functions(LLaDA2)
-abstract, init, empty_cache = _functions.abstract, _functions.init, _functions.empty_cache
-embed, trunk, trunk_with_routing = _functions.embed, _functions.trunk, _functions.trunk_with_routing
-unembed, expected_embedding = _functions.unembed, _functions.expected_embedding
-
-
-def back_ends(config: Config, platform: str, dtype: jnp.dtype, held: jnp.dtype) -> dict[str, str]:
-    """Which form of each layer a program for this platform has, for people to read. dtype: of what is computed; held: of the
-    matrices."""
-    w_in = jax.ShapeDtypeStruct((config.experts, config.width, 2 * config.expert_width), held)
-    experts = moe.described(platform, w_in, dtype)
-    return {"experts": experts, "attention": described(platform, config.head_dim, dtype)}
+FAMILY = Family(
+    name="llada2",
+    architectures=("LLaDA2MoeModelLM", "LLaDA2MoeModel"),
+    config_type=Config,
+    network=LLaDA2,
+    layouts=llada2.layouts,
+    mask_id=156895,
+    eos_id=156892,
+    visibility="blocks",
+    has_experts=True,
+)

@@ -8,17 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from djax.convert import llada_moe
 from djax.models import moe
-from djax.models.attention import described
+from djax.models.family import Family
 from djax.models.hf import EndIds, Reader
-from djax.models.transformer import Functions, Layer, Transformer
-
-ARCHITECTURES = ("LLaDAMoEModelLM", "LLaDAMoEModel")
-# LLaDA-MoE's config.json has no mask id. Its tokenizer has; these are what the model card uses, for checkpoints without one.
-DEFAULT_MASK_ID = 156895
-DEFAULT_EOS_ID = 156892
+from djax.models.transformer import Layer, Transformer
 
 # Values that LLaDA-MoE leaves at "off". Anything else changes the forward pass, so it is refused, not ignored.
 _OFF = {
@@ -84,6 +79,7 @@ class Config(EndIds):
             rope_theta=read.rope_theta(),
             eps=read("rms_norm_eps", float),
             max_positions=read("max_position_embeddings", int),
+            # config.json has no mask id. The tokenizer has; these are the model card's, for checkpoints without one.
             mask_id=mask_id,
             eos_id=eos_id,
             more_eos_ids=more_eos_ids,
@@ -122,15 +118,14 @@ class MoELayer(Layer):
         return moe.experts(flat, routing, w_in, w_out, valid.reshape(-1)).reshape(h.shape)
 
 
-_functions = Functions(LLaDAMoE)
-abstract, init, empty_cache = _functions.abstract, _functions.init, _functions.empty_cache
-embed, trunk, trunk_with_routing = _functions.embed, _functions.trunk, _functions.trunk_with_routing
-unembed, expected_embedding = _functions.unembed, _functions.expected_embedding
-
-
-def back_ends(config: Config, platform: str, dtype: jnp.dtype, held: jnp.dtype) -> dict[str, str]:
-    """Which form of each layer a program for this platform has, for people to read. dtype: of what is computed; held: of the
-    matrices."""
-    w_in = jax.ShapeDtypeStruct((config.experts, config.width, 2 * config.expert_width), held)
-    experts = moe.described(platform, w_in, dtype)
-    return {"experts": experts, "attention": described(platform, config.head_dim, dtype)}
+FAMILY = Family(
+    name="llada_moe",
+    architectures=("LLaDAMoEModelLM", "LLaDAMoEModel"),
+    config_type=Config,
+    network=LLaDAMoE,
+    layouts=llada_moe.layouts,
+    # config.json has no mask id. The tokenizer has; these are the model card's, for checkpoints without one.
+    mask_id=156895,
+    eos_id=156892,
+    has_experts=True,
+)

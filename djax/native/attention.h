@@ -1,4 +1,4 @@
-// Attention of a window over the visible cached positions and its own valid ones, from the projection's output on.
+// Attention of a window over the cached and its own positions that each query sees, from the projection's output on.
 //
 // Letters: B rows of a batch, W window, L canvas, G key/value heads, R queries a key/value head, K head width. Queries of a head
 // lie side by side as columns, (w, r) at w * R + r, so that a softmax runs down a column and keys are read where they lie.
@@ -12,8 +12,8 @@
 namespace djax {
 
 // The arrays of a call, in row-major order: qkv [B, W, G, R + 2, K]; q_norm and k_norm [K] or null; cos and sin [B, W, K / 2];
-// valid [B, W]; cached_k and cached_v [B, G, L, K]; visible [B, L]; until [B, W] or null; out [B, W, G * R, K]; k and v
-// [B, G, W, K].
+// rank [B, W]; context, copy and own [B, W] or null; cached_k and cached_v [B, G, L, K]; cached_rank [B, L]; out
+// [B, W, G * R, K]; k and v [B, G, W, K]. What rank, context, copy and own mean is in models/sight.py.
 template <typename X>
 struct Attention {
   const X* qkv;
@@ -21,31 +21,55 @@ struct Attention {
   const X* k_norm;
   const float* cos;
   const float* sin;
-  const bool* valid;
+  const int32_t* rank;
+  const int32_t* context;
+  const int32_t* copy;
+  const int32_t* own;
   const X* cached_k;
   const X* cached_v;
-  const bool* visible;
-  const int32_t* until;
+  const int32_t* cached_rank;
   X* out;
   X* k;
   X* v;
   int64_t batch, window, groups, per_group, width, length;
   float eps;
 
-  // What of the cache, and then of the window, a row's queries may see.
+  static constexpr int32_t kHidden = 1 << 30;
+
+  // What of the cache, and then of the window, some query of a row sees; and whether some other query does not.
   struct Seen {
-    std::vector<int64_t> cached, own;
-    int64_t count() const { return cached.size() + own.size(); }
+    std::vector<int64_t> cached, fresh;
+    bool cached_differs = false, fresh_differs = false;
+    int64_t count() const { return cached.size() + fresh.size(); }
   };
 
-  void run(ffi::ThreadPool& pool) const {
-    std::vector<Seen> seen(batch);
-    for (int64_t b = 0; b < batch; ++b) {
-      for (int64_t l = 0; l < length; ++l)
-        if (visible[b * length + l]) seen[b].cached.push_back(l);
-      for (int64_t w = 0; w < window; ++w)
-        if (valid[b * window + w]) seen[b].own.push_back(w);
+  Seen find_seen(int64_t b) const {
+    int32_t lowest = kHidden, highest = kHidden, furthest = kHidden;
+    if (context) {
+      const auto [low, high] = std::minmax_element(context + b * window, context + (b + 1) * window);
+      lowest = *low, highest = *high;
     }
+    if (copy) furthest = own ? std::max(highest, *std::max_element(own + b * window, own + (b + 1) * window)) : kHidden;
+    else furthest = highest;
+    Seen seen;
+    for (int64_t l = 0; l < length; ++l) {
+      const int32_t one = cached_rank[b * length + l];
+      if (one >= highest) continue;
+      seen.cached.push_back(l);
+      seen.cached_differs |= one >= lowest;
+    }
+    for (int64_t w = 0; w < window; ++w) {
+      const int32_t one = rank[b * window + w];
+      if (one >= furthest) continue;
+      seen.fresh.push_back(w);
+      seen.fresh_differs |= copy || one >= lowest;
+    }
+    return seen;
+  }
+
+  void run(ffi::ThreadPool& pool) const {
+    std::vector<Seen> seen;
+    for (int64_t b = 0; b < batch; ++b) seen.push_back(find_seen(b));
     const int64_t columns = window * per_group, panels = (columns + kPanel - 1) / kPanel;
     const int64_t size = panels * width * kPanel;
     const Room<4> room(batch * groups * size);
@@ -102,14 +126,26 @@ struct Attention {
   void attend(int64_t b, int64_t g, const Seen& seen, const float* queries, int64_t first, int64_t count) const {
     const int64_t keys = seen.count(), old = seen.cached.size(), head = b * groups + g;
     auto row = [&](const X* cached, const X* fresh, int64_t n) {
-      return n < old ? cached + (head * length + seen.cached[n]) * width : fresh + (head * window + seen.own[n - old]) * width;
+      return n < old ? cached + (head * length + seen.cached[n]) * width : fresh + (head * window + seen.fresh[n - old]) * width;
     };
     const float scale = 1 / std::sqrt(static_cast<float>(width));
-    Ints sees[kColumns];
-    for (int n = 0; until && n < kPanel; ++n) {
-      const int64_t column = std::min(first + n, window * per_group - 1);
-      sees[n / kLanes][n % kLanes] = until[b * window + column / per_group];
+    const bool differs = seen.cached_differs || seen.fresh_differs;
+    Ints limit[kColumns], own_limit[kColumns], own_copy[kColumns];
+    for (int n = 0; differs && n < kPanel; ++n) {
+      const int64_t w = std::min(first + n, window * per_group - 1) / per_group + b * window;
+      limit[n / kLanes][n % kLanes] = context ? context[w] : kHidden;
+      own_limit[n / kLanes][n % kLanes] = own ? own[w] : kHidden;
+      own_copy[n / kLanes][n % kLanes] = copy ? copy[w] : 0;
     }
+    // Whether a column's query sees a key: lanes of all ones or zeros.
+    auto sees = [&](int64_t n, int c) -> Ints {
+      if (n < old) return Ints{} + cached_rank[b * length + seen.cached[n]] < limit[c];
+      const int64_t w = b * window + seen.fresh[n - old];
+      const Ints shared = Ints{} + rank[w] < limit[c];
+      if (!copy) return shared;
+      const Ints mine = (own_copy[c] == Ints{} + copy[w]) & (Ints{} + rank[w] < own_limit[c]);
+      return copy[w] == 0 ? shared | mine : mine;
+    };
     // Scores, and weights in their place: a key's for all columns, one key after another.
     float* weights = scratch<1>(keys * kPanel);
     float* wide = scratch<2>(kRows * width);
@@ -133,7 +169,7 @@ struct Attention {
     packed_product<kColumns>(keys, key, 1, width, queries, [&](int64_t n, Floats(&sums)[kColumns]) {
       for (int c = 0; c < kColumns; ++c) {
         Floats score = sums[c] * scale;
-        if (until && n >= old) score = sees[c] > static_cast<int32_t>(seen.own[n - old]) ? score : Floats{} - 1e30f;
+        if (n < old ? seen.cached_differs : seen.fresh_differs) score = sees(n, c) ? score : Floats{} - 1e30f;
         top[c] = score > top[c] ? score : top[c];
         store(weights + n * kPanel + c * kLanes, score);
       }
@@ -173,19 +209,22 @@ struct Attention {
 
 template <typename X>
 ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer qkv, ffi::AnyBuffer q_norm, ffi::AnyBuffer k_norm,
-                     ffi::AnyBuffer cos, ffi::AnyBuffer sin, ffi::AnyBuffer valid, ffi::AnyBuffer cached_k,
-                     ffi::AnyBuffer cached_v, ffi::AnyBuffer visible, ffi::AnyBuffer until, ffi::Result<ffi::AnyBuffer> out,
-                     ffi::Result<ffi::AnyBuffer> k, ffi::Result<ffi::AnyBuffer> v, float eps) {
-  if (qkv.dimensions().size() != 5 || visible.dimensions().size() != 2 || q_norm.dimensions().size() != 1 ||
-      until.dimensions().size() != 2)
-    return ffi::Error::InvalidArgument("expected qkv [B, W, G, R + 2, K], visible [B, L], norms [K], until [B, W]");
+                     ffi::AnyBuffer cos, ffi::AnyBuffer sin, ffi::AnyBuffer rank, ffi::AnyBuffer context, ffi::AnyBuffer copy,
+                     ffi::AnyBuffer own, ffi::AnyBuffer cached_k, ffi::AnyBuffer cached_v, ffi::AnyBuffer cached_rank,
+                     ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> k, ffi::Result<ffi::AnyBuffer> v,
+                     float eps) {
+  if (qkv.dimensions().size() != 5 || cached_rank.dimensions().size() != 2 || q_norm.dimensions().size() != 1 ||
+      context.dimensions().size() != 2 || copy.dimensions().size() != 2 || own.dimensions().size() != 2)
+    return ffi::Error::InvalidArgument("expected qkv [B, W, G, R + 2, K], cached_rank [B, L], norms [K], sight [B, W]");
   auto sizes = qkv.dimensions();
-  const int64_t B = sizes[0], W = sizes[1], G = sizes[2], R = sizes[3] - 2, K = sizes[4], L = visible.dimensions()[1];
-  const int64_t N = q_norm.dimensions()[0], U = until.dimensions()[1];
+  const int64_t B = sizes[0], W = sizes[1], G = sizes[2], R = sizes[3] - 2, K = sizes[4], L = cached_rank.dimensions()[1];
+  const int64_t N = q_norm.dimensions()[0];
+  const int64_t C = context.dimensions()[1], D = copy.dimensions()[1], O = own.dimensions()[1];
   if (!is<X>(qkv, {B, W, G, R + 2, K}) || !is<X>(q_norm, {N}) || !is<X>(k_norm, {N}) || (N && N != K) ||
-      !is<float>(cos, {B, W, K / 2}) || !is<float>(sin, {B, W, K / 2}) || !is<bool>(valid, {B, W}) ||
-      !is<X>(cached_k, {B, G, L * K}) || !is<X>(cached_v, {B, G, L * K}) || !is<bool>(visible, {B, L}) ||
-      !is<int32_t>(until, {B, U}) || (U && U != W) || !is<X>(*out, {B, W, G * R, K}) || !is<X>(*k, {B, G, W * K}) ||
+      !is<float>(cos, {B, W, K / 2}) || !is<float>(sin, {B, W, K / 2}) || !is<int32_t>(rank, {B, W}) ||
+      !is<X>(cached_k, {B, G, L * K}) || !is<X>(cached_v, {B, G, L * K}) || !is<int32_t>(cached_rank, {B, L}) ||
+      !is<int32_t>(context, {B, C}) || (C && C != W) || !is<int32_t>(copy, {B, D}) || (D && D != W) ||
+      !is<int32_t>(own, {B, O}) || (O && O != W) || !is<X>(*out, {B, W, G * R, K}) || !is<X>(*k, {B, G, W * K}) ||
       !is<X>(*v, {B, G, W * K}))
     return ffi::Error::InvalidArgument("expected other shapes or types: see Attention");
   if (K % (kWhole / 2)) return ffi::Error::InvalidArgument("expected K in whole multiples of 32");
@@ -194,11 +233,13 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer qkv, ffi::AnyBuffer q_
                N ? data<X>(k_norm) : nullptr,
                data<float>(cos),
                data<float>(sin),
-               data<bool>(valid),
+               data<int32_t>(rank),
+               C ? data<int32_t>(context) : nullptr,
+               D ? data<int32_t>(copy) : nullptr,
+               O ? data<int32_t>(own) : nullptr,
                data<X>(cached_k),
                data<X>(cached_v),
-               data<bool>(visible),
-               U ? data<int32_t>(until) : nullptr,
+               data<int32_t>(cached_rank),
                data<X>(*out),
                data<X>(*k),
                data<X>(*v),

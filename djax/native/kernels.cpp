@@ -32,11 +32,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(djax_attention, (attention<X>),
                                   .Arg<Any>()   // k_norm
                                   .Arg<Any>()   // cos
                                   .Arg<Any>()   // sin
-                                  .Arg<Any>()   // valid
+                                  .Arg<Any>()   // rank
+                                  .Arg<Any>()   // context
+                                  .Arg<Any>()   // copy
+                                  .Arg<Any>()   // own
                                   .Arg<Any>()   // cached_k
                                   .Arg<Any>()   // cached_v
-                                  .Arg<Any>()   // visible
-                                  .Arg<Any>()   // until
+                                  .Arg<Any>()   // cached_rank
                                   .Ret<Any>()   // out
                                   .Ret<Any>()   // k
                                   .Ret<Any>()   // v

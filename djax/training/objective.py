@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from djax.models.sight import Sight
+
 SMALLEST_RATIO = 1e-3  # keeps 1/t finite, as in LLaDA's own guideline
 
 
@@ -63,7 +65,7 @@ def loss(
     noisy, masked, t = corrupt(key, tokens, response, config.mask_id)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     x = family.embed(params, config, noisy)
-    x, routing = family.trunk_with_routing(params, config, x, positions, jnp.ones(tokens.shape, bool))
+    x, routing = family.trunk_with_routing(params, config, x, positions, Sight(jnp.zeros_like(tokens)))
     diffusion = diffusion_loss(family.unembed(params, config, x), tokens, masked, response, t)
     balanced = balance_loss(routing)
     return diffusion + balance * balanced, {"diffusion": diffusion, "balance": balanced}

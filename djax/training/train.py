@@ -6,7 +6,6 @@ import shutil
 import time
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +19,7 @@ from djax.directories import new_directory
 from djax.errors import CheckpointError, OptionError
 from djax.model import Model
 from djax.models import FAMILIES
+from djax.models.family import Family
 from djax.process import make_key, with_own_settings
 from djax.sharding import find_devices
 from djax.training import data, objective, tokenizer
@@ -105,7 +105,7 @@ def muon(rate: optax.Schedule, adam_rate: optax.Schedule, **options: Any) -> opt
 
 @partial(jax.jit, static_argnames=("family", "config", "run"), donate_argnums=0)
 def train_step(
-    state: State, tokens: jax.Array, response: jax.Array, *, family: ModuleType, config: Any, run: "_Hashable"
+    state: State, tokens: jax.Array, response: jax.Array, *, family: Family, config: Any, run: "_Hashable"
 ) -> tuple[State, dict[str, jax.Array]]:
     """One step on tokens int32 `[B, L]`, response bool `[B, L]`; returns the new state and the loss's parts."""
     key = jax.random.fold_in(make_key(run.it.seed), state.step)
@@ -146,7 +146,7 @@ def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 
     words = _tokenizer(run, directory)
     family = FAMILIES[run.family]
     hf = run.architecture | {"mask_token_id": words.mask_token_id, "eos_token_id": words.eos_token_id}
-    config = family.Config.from_hf(hf, mask_id=words.mask_token_id, eos_id=words.eos_token_id)
+    config = family.config_type.from_hf(hf, mask_id=words.mask_token_id, eos_id=words.eos_token_id)
 
     params = family.init(config, make_key(run.seed))
     state = State(params, optimizer(run).init(params), jnp.int32(0))

@@ -1,0 +1,141 @@
+"""A model family as one value: what a checkpoint says of it, its network, and the functions over plain parameter trees."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from djax.models import moe
+from djax.models.attention import described
+from djax.models.layers import Cache, by_head
+from djax.models.sight import Sight, Visibility
+from djax.models.transformer import Transformer
+from djax.process import make_key
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Everything djax knows of a family. Hashable, and equal to what it is pickled to.
+
+    name:          as `djax info` prints it and a manifest keeps it.
+    architectures: the entries of config.json's `architectures` that mean it.
+    config_type:   its Config, a frozen dataclass with `from_hf`.
+    network:       its Transformer.
+    layouts:       its rule tables, Config -> {layout: rules} (`convert/rules.py`); an export writes the one named "hf".
+    mask_id, eos_id: what its checkpoints use where they name none.
+    visibility:    what a position sees: "all" positions, its block and those before ("blocks"), or the "past".
+    has_experts:   whether its layers have a router.
+    caches:        whether its keys and values can be kept.
+    smooths:       whether it takes soft embeddings.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    config_type: Any
+    network: type[Transformer]
+    layouts: Callable[[Any], dict[str, list]]
+    mask_id: int
+    eos_id: int
+    visibility: Visibility = "all"
+    has_experts: bool = False
+    caches: bool = True
+    smooths: bool = True
+
+    def abstract(self, config: Any, dtype: Any) -> Any:
+        """The parameters' tree without values: boxed `ShapeDtypeStruct`s that know their logical axes."""
+        tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+        return jax.eval_shape(self.network(config, dtype).init, make_key(0), tokens, tokens)["params"]
+
+    def init(self, config: Any, key: jax.Array, dtype: Any = jnp.float32) -> Any:
+        """Random parameters, normal with variance 1 / fan-in."""
+        tokens = jnp.zeros((1, 2), jnp.int32)
+        variables = jax.jit(self.network(config, dtype).init)(key, tokens, tokens)
+        return nn.meta.unbox(variables["params"])
+
+    def embed(self, params: Any, config: Any, tokens: jax.Array) -> jax.Array:
+        """int32 `[B, W]` -> `[B, W, D]` in the parameters' dtype."""
+        return self.network(config).apply({"params": params}, tokens, method="embed")
+
+    def trunk(
+        self,
+        params: Any,
+        config: Any,
+        x: jax.Array,
+        positions: jax.Array,
+        sight: Sight,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, tuple]:
+        """Run all layers over a window.
+
+        x `[B, W, D]`; positions int32 `[B, W]`, absolute, for rotary; sight: which keys each position sees. A position that is
+        hidden from everybody is padding: its output means nothing. With `cache` the window also attends to the cached
+        positions of low enough rank (hide the window's own there).
+        Returns the normalised output `[B, W, D]` and each layer's fresh (k, v), `[B, G, W * K]`, k after rotary.
+        Invariant: a window over tokens unchanged since the cache was filled gives the full forward's output at its positions.
+        """
+        return self.network(config).apply({"params": params}, x, positions, sight, cache, method="trunk")
+
+    def trunk_with_routing(
+        self, params: Any, config: Any, x: jax.Array, positions: jax.Array, sight: Sight, *, remat: bool = False
+    ) -> tuple[jax.Array, list]:
+        """`trunk` without cache, for training, and the router's choice of each layer that has one (probabilities `[T, E]`, ids
+        `[T, J]`). remat: a layer's activations are computed again for its gradient, not kept."""
+        network = self.network(config, remat=remat)
+        (x, _), collected = network.apply({"params": params}, x, positions, sight, None, method="trunk", mutable=["routing"])
+        layers = (collected.get("routing", {}).get(f"layer_{n}") for n in range(config.layers))
+        return x, [layer["choice"][0] for layer in layers if layer]
+
+    def unembed(self, params: Any, config: Any, x: jax.Array) -> jax.Array:
+        """`[B, W, D]` -> float32 logits `[B, W, V]`."""
+        return self.network(config).apply({"params": params}, x, method="unembed")
+
+    def expected_embedding(
+        self,
+        params: Any,
+        config: Any,
+        x: jax.Array,
+        top: int | None = None,
+        logits: jax.Array | None = None,
+        chunk: int = 256,
+    ) -> jax.Array:
+        """softmax(unembed(x)) @ embedding: the trunk's output `[B, W, D]` as the embedding it expects at each position.
+
+        Softmax in float32. In chunks of positions, so that no array of canvas x vocabulary is ever made, unless the caller
+        has x's `logits` already. With `top` only that many tokens' rows of the embedding are read, weighted by their
+        probabilities in the whole softmax.
+        """
+        embedding = params["embedding"]
+
+        def expect(logits: jax.Array) -> jax.Array:
+            p = jax.nn.softmax(logits, axis=-1)
+            if top is None or top >= config.vocab:
+                return p.astype(x.dtype) @ embedding
+            p, ids = jax.lax.top_k(p, top)
+            return jnp.einsum("...k,...kd->...d", p.astype(x.dtype), embedding[ids])
+
+        if logits is not None:
+            return expect(logits)
+        flat = x.reshape(-1, x.shape[-1])
+        if len(flat) <= chunk:
+            return expect(self.unembed(params, config, flat)).reshape(x.shape)
+        padded = jnp.pad(flat, ((0, -len(flat) % chunk), (0, 0))).reshape(-1, chunk, x.shape[-1])
+        expected = jax.lax.map(lambda x: expect(self.unembed(params, config, x)), padded)
+        return expected.reshape(-1, x.shape[-1])[: len(flat)].reshape(x.shape)
+
+    def empty_cache(self, params: Any, config: Any, batch: int, length: int) -> tuple[tuple[jax.Array, jax.Array], ...]:
+        """Zeroed keys and values of a canvas: one (k, v) a layer, `[B, G, L * K]` in the parameters' dtype."""
+        shape = (batch, config.groups, length * config.head_dim)
+        dtype = params["embedding"].dtype
+        return tuple((by_head(jnp.zeros(shape, dtype)), by_head(jnp.zeros(shape, dtype))) for _ in range(config.layers))
+
+    def back_ends(self, config: Any, platform: str, dtype: jnp.dtype, held: jnp.dtype) -> dict[str, str]:
+        """Which form of each layer a program for this platform has, for people to read. dtype: of what is computed; held: of
+        the matrices."""
+        forms = {"attention": described(platform, config.head_dim, dtype)}
+        if not self.has_experts:
+            return forms
+        w_in = jax.ShapeDtypeStruct((config.experts, config.width, 2 * config.expert_width), held)
+        return {"experts": moe.described(platform, w_in, dtype)} | forms
