@@ -12,7 +12,7 @@ from djax.errors import OptionError
 from djax.generate import ask
 from djax.model import Model
 from djax.process import with_own_settings
-from djax.program import Request, reach
+from djax.program import Request, frame_windows
 from djax.request import Asked, carried_bytes, refuse_lists
 
 
@@ -83,9 +83,10 @@ def explain(model: Model, prompts: Any, **options: Any) -> Explanation | list[Ex
 def _facts(model: Model, asked: Asked, ask: Request, b: int) -> dict[str, str]:
     decoder, policy, smoothing = asked.plugs
     rows, length = ask.tokens.shape
-    before, after = reach(policy, length)
+    frame = frame_windows(policy, model.family, asked.block(ask), length)
+    after = min(policy.reach()[1], length)
     behind = "all that follows" if after == length else f"{after} positions"
-    window = f"{before} + {asked.block(ask)} + {behind}"
+    window = f"{frame.left} + {asked.block(ask)} + {behind}"
     carried = carried_bytes(model, ask, asked.plugs, asked.block(ask))
     prompt, total = int(ask.prompt[b]), int(ask.total[b])
     has = {True: "yes", False: "no"}
@@ -136,8 +137,9 @@ def _schedule(model: Model, asked: Asked, ask: Request, b: int, pace: int) -> li
     decoder, policy, smoothing = asked.plugs
     most = decoder.post_steps if pace == 1 else min(1, decoder.post_steps)
     prompt, total, start, block = int(ask.prompt[b]), int(ask.total[b]), int(ask.start[b]), asked.block(ask)
-    before, after = reach(policy, ask.tokens.shape[1])
-    turns = forwards = index = 0
+    frame = frame_windows(policy, model.family, block, ask.tokens.shape[1])
+    sees_all = model.family.visibility == "all"
+    turns = forwards = index = final = 0
     cached = -1
     out = []
     for index, s in enumerate(range(start, total, block)):
@@ -150,11 +152,15 @@ def _schedule(model: Model, asked: Asked, ask: Request, b: int, pace: int) -> li
                 where = f"turn {turns}, block {index}"
                 raise OptionError(f"cache: expected a forward in every turn, {type_name(policy)} asks for none in {where}")
             if full:
-                mine.append(Forward(True, refresh, end if model.block_causal else total))
+                mine.append(Forward(True, refresh, total if sees_all else end - frame.unread))
+                final = end - masks
             if append:
                 mine.append(Forward(False, False, end - (s - block), append=True))
             if window:
-                mine.append(Forward(False, False, min(s + block + after, total) - max(s - before, 0)))
+                left = final if policy.commits else s - frame.left
+                right = left + frame.width if sees_all else end - frame.unread
+                mine.append(Forward(False, False, min(right, total) - max(left, 0)))
+                final = min(right, end - max(masks - (pace if full else 0), 0))
             cached = index if refresh or append else cached
             for _ in range(full + window + append):
                 masks, post = masks - pace, post + (masks <= 0)

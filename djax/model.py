@@ -144,7 +144,7 @@ def _logits(
 ) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     valid = positions < lengths[:, None]
-    sight = see("all" if block is None else family.visibility, positions, valid, block)
+    sight = see("all" if family.visibility == "blocks" and block is None else family.visibility, positions, valid, block)
     x, _ = family.trunk(params, config, family.embed(params, config, tokens), positions, sight)
     return family.unembed(params, config, x)
 
@@ -157,6 +157,8 @@ def logits(model: Model, tokens: Any, lengths: Any = None, *, block_length: int 
     and its logits mean nothing. Or tokens is a mapping with input_ids and attention_mask, padded on either side: each position
     that the mask shows gets what its row alone gets. Without lengths or mask an array is refused if its rows begin, or end with
     a pad id that is not EOS, in different numbers.
+
+    Row p is the network's output at position p: in a family whose logits are shifted it predicts the token after it.
 
     block_length: for block-causal families (LLaDA2), a position sees its own block of this length and those before it; None
     lets all see all. Raises `PromptError` for another shape or an id outside the vocabulary, `CanvasError` for more positions

@@ -15,17 +15,19 @@ import jax
 import jax.numpy as jnp
 
 from djax.caching.contract import Plan, Policy
-from djax.decoding.contract import Decoder, Look, Tick
+from djax.decoding.contract import Decoder, Look, Tick, Verdict
 from djax.decoding.not_before import NotBefore
 from djax.models.family import Family
 from djax.models.layers import Cache
-from djax.models.sight import rank_keys, see
+from djax.models.sight import HIDDEN_RANK, rank_keys, see
 from djax.process import make_key
 from djax.smoothing import Smoothing
 from djax.trace import Record
 
 # The widest window whose logits are made all at once, a row.
 AT_ONCE = 256
+# The shortest canvas of a batch whose rows are run at widths of their own.
+LONG = 512
 # The events that end a `run` early: none, a row has ended, a row has finished a block.
 NO_EVENT, ROW_ENDED, BLOCK_FINISHED = range(3)
 Plugs = tuple[Decoder, Policy, Smoothing | None]
@@ -94,6 +96,9 @@ class Rows(NamedTuple):
     positions    int32 `[B]`, canvas positions run through the network, over all forwards.
     call         int32 `[B]`, decode calls in the current block.
     cached_block int32 `[B]`, block in which the cache was last filled; -1 while it is empty.
+    cached       int32 `[B]`, up to which position the cache is final; () unless the policy commits what windows read.
+    drafts       int32 `[B, D, S]`, what the next forward reads of the block; () unless the decoder has drafts.
+    drafted      int32 `[B]`, how many of them; () likewise.
     decoder      the decoder's state, any pytree with leading axis B.
     soft         `[B, L, D]`, the embeddings the next forward reads; () without smoothing, when the tokens' own are read.
     trace        the record so far (`trace.Record`); () unless asked for.
@@ -111,6 +116,9 @@ class Rows(NamedTuple):
     positions: jax.Array
     call: jax.Array
     cached_block: jax.Array
+    cached: Any
+    drafts: Any
+    drafted: Any
     decoder: Any
     soft: Any
     trace: Any
@@ -155,16 +163,44 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)
 
 
+def _take_part(kv: jax.Array, part: jax.Array, parts: int) -> jax.Array:
+    """Of keys or values `[B, G, parts * W * K]`, one after another, those of each row's `part` `[B]`."""
+    batch, groups, _ = kv.shape
+    each = kv.reshape(batch, groups, parts, -1)
+    return jnp.take_along_axis(each, part[:, None, None, None], axis=2)[:, :, 0]
+
+
 def _ticks(rows: Rows, smoothed: bool) -> Tick:
     """Where each row stands, `[B]` each."""
     # dInfer counts a turn that refreshes as one iteration, but with smoothing as the two forwards it is.
     return Tick(rows.forwards if smoothed else rows.iteration, rows.forwards, rows.block, rows.call)
 
 
-def reach(policy: Policy, length: int) -> tuple[int, int]:
-    """How far a window goes beyond its block on a canvas: the policy's reach, clipped to the canvas."""
-    before, after = policy.reach()
-    return min(before, length), min(after, length)
+class Frame(NamedTuple):
+    """Where the windows of a program lie. left: positions before the block. width: W, of all. unread: the block's last
+    positions that no window reads, since nobody sees them and what they predict comes after the block."""
+
+    left: int
+    width: int
+    unread: int
+
+
+def frame_windows(policy: Policy, family: Family, block: int, length: int) -> Frame:
+    """The policy's reach around a block, clipped to the canvas. It holds the position that predicts the block's first, and
+    where a cache commits what it read, as many before the block as may not be final yet."""
+    before, after = (min(reach, length) for reach in policy.reach())
+    left = max(before, block if policy.commits else family.shift)
+    unread = family.shift if family.visibility == "past" else 0
+    width = left + block + after - unread
+    return Frame(left, width if left else min(width, length), unread)
+
+
+def list_widths(batch: int, length: int) -> tuple[int, ...]:
+    """The widths at which whole canvases are run, ascending; a row takes the least that holds its canvas, so that a short one
+    costs what is its own. Each is compiled: none but the whole where there is one row, or little to save."""
+    if batch == 1 or length < LONG:
+        return (length,)
+    return tuple(-(-length // parts // 64) * 64 for parts in (4, 2)) + (length,)
 
 
 def start(params: Any, ask: Request, *, spec: Spec) -> Carry:
@@ -173,6 +209,8 @@ def start(params: Any, ask: Request, *, spec: Spec) -> Carry:
     decoder, policy, smoothing = spec.build(ask.numbers)
     zero = jnp.zeros(batch, jnp.int32)
     no = jnp.zeros(batch, bool)
+    # A window is committed whole, also where it goes beyond the canvas.
+    beyond = frame_windows(policy, spec.family, spec.block, length).width if policy.commits else 0
     rows = Rows(
         tokens=ask.tokens,
         active=ask.start < ask.total,
@@ -186,12 +224,21 @@ def start(params: Any, ask: Request, *, spec: Spec) -> Carry:
         positions=zero,
         call=zero,
         cached_block=zero - 1,
+        cached=zero if policy.commits else (),
+        drafts=_as_it_stands(ask.tokens, ask.start, decoder.drafts, spec.block) if decoder.drafts else (),
+        drafted=zero + 1 if decoder.drafts else (),
         decoder=jax.vmap(lambda _, numbers: spec.build(numbers)[0].init(spec.block, spec.config.vocab))(zero, ask.numbers),
         trace=Record.start(batch, length, spec.block, decoder.post_steps) if spec.traced else (),
         soft=() if smoothing is None else spec.family.embed(params, spec.config, ask.tokens),
     )
-    cache = spec.family.empty_cache(params, spec.config, batch, length) if policy.keeps else ()
+    cache = spec.family.empty_cache(params, spec.config, batch, length + beyond) if policy.keeps else ()
     return Carry(rows, ask._replace(tokens=()), cache)
+
+
+def _as_it_stands(tokens: jax.Array, start: jax.Array, drafts: int, block: int) -> jax.Array:
+    """int32 `[B, D, S]`: the block from `start` on, as each of the drafts."""
+    here = _take(tokens, start[:, None] + jnp.arange(block, dtype=jnp.int32)[None, :])
+    return jnp.broadcast_to(here[:, None, :], (len(tokens), drafts, block))
 
 
 def join(params: Any, carry: Carry, ask: Request, b: jax.Array, *, spec: Spec) -> Carry:
@@ -250,28 +297,36 @@ class _Loop:
         self.params, self.spec = params, spec
         self.family, self.config, self.block = spec.family, spec.config, spec.block
         self.batch, self.length = carry.rows.tokens.shape
-        _, self.policy, self.smoothing = spec.build(carry.asks.numbers)
-        self.before, self.after = reach(self.policy, self.length)
-        # Families whose blocks see themselves and what is before them: nothing after a row's block is run, or seen.
-        self.causal = spec.family.visibility == "blocks"
+        self.decoder, self.policy, self.smoothing = spec.build(carry.asks.numbers)
+        self.frame = frame_windows(self.policy, self.family, self.block, self.length)
+        self.widths = list_widths(self.batch, self.length)
+        # Nothing after a row's block is run, or seen.
+        self.causal = spec.family.visibility != "all"
         self.everywhere = jnp.arange(self.length, dtype=jnp.int32)[None, :]
 
     def turn(self, carry: Carry) -> Carry:
         """One turn of every running row."""
         running = _running(carry)
         plan = self.plan(carry)
-        carry, _ = jax.lax.while_loop(lambda c: jnp.any(c[1]), partial(self.full, plan), (carry, plan.full & running))
+        pending = plan.full & running
+        for width in self.widths:
+            fits = pending & (carry.asks.total <= width)
+            carry, _ = jax.lax.while_loop(lambda c: jnp.any(c[1]), partial(self.full, plan, width), (carry, fits))
+            pending &= ~fits
         if self.policy.appends:
             carry = self.append(carry, plan.append & running)
-        rows = carry.rows
+        rows, fresh = carry.rows, self.nothing(carry)
         if self.policy.keeps:
             # Entered as a loop of at most one trip: turns in which every row warms up pay for no window, and unlike
             # `lax.cond` a loop never copies what it carries.
-            rows, _ = jax.lax.while_loop(
-                lambda c: jnp.any(c[1]),
-                lambda c: (self.window(carry._replace(rows=c[0]), c[1]), jnp.zeros_like(c[1])),
-                (rows, plan.window & running & ~rows.stop),
+            inside = plan.window & running & ~rows.stop
+            left = self.find_left(carry)
+            rows, fresh, _ = jax.lax.while_loop(
+                lambda c: jnp.any(c[2]),
+                lambda c: (*self.window(carry._replace(rows=c[0]), c[2]), jnp.zeros_like(c[2])),
+                (rows, fresh, inside),
             )
+            carry = self.commit(carry, fresh, left, inside)
         return carry._replace(rows=self.finish_blocks(rows, carry.asks, running))
 
     def plan(self, carry: Carry) -> Plan:
@@ -281,34 +336,75 @@ class _Loop:
             carry.asks.numbers, ticks, carry.rows.cached_block
         )
 
-    def full(self, plan: Plan, state: tuple[Carry, jax.Array]) -> tuple[Carry, jax.Array]:
-        """One pending row's whole canvas: decode its block from it, and keep its K/V if the policy has a cache."""
+    def full(self, plan: Plan, width: int, state: tuple[Carry, jax.Array]) -> tuple[Carry, jax.Array]:
+        """One pending row's whole canvas: decode its block from it, and keep its K/V if the policy has a cache.
+
+        width: of the array that holds the canvas, at most L."""
         carry, pending = state
         b = jnp.argmax(pending)
         rows, asks, refresh = _row((carry.rows, carry.asks, plan.refresh), b)
-        rows, fresh = self.forward_and_decode(rows, asks, self.everywhere, rows.start[:, None], jnp.array([True]), None)
+        at = self.everywhere[:, :width]
+        rows, fresh = self.forward_and_decode(rows, asks, at, rows.start[:, None], jnp.array([True]), None)
         rows = rows._replace(refreshes=rows.refreshes + refresh, cached_block=jnp.where(refresh, rows.block, rows.cached_block))
         # A warm-up forward is kept too: nothing reads it before the first refresh replaces it.
         cache = _put_row(carry.cache, fresh, b) if self.policy.keeps else ()
         return carry._replace(rows=_put_row(carry.rows, rows, b), cache=cache), pending.at[b].set(False)
 
-    def window(self, carry: Carry, running: jax.Array) -> Rows:
-        """The block and its reach for all running rows, against the cache with the window's own positions hidden."""
-        width = self.before + self.block + self.after if self.before else min(self.block + self.after, self.length)
-        left = carry.rows.start[:, None] - self.before
+    def find_left(self, carry: Carry) -> jax.Array:
+        """Where each row's window starts, int32 `[B]`: as far before its block as the policy reaches, or where a cache ends
+        that commits what windows read."""
+        return carry.rows.cached if self.policy.commits else carry.rows.start - self.frame.left
+
+    def window(self, carry: Carry, running: jax.Array) -> tuple[Rows, Any]:
+        """The block and its reach for all running rows, against the cache with the window's own positions hidden. Returns the
+        rows, and the window's K/V if they are to be committed."""
+        rows, width = carry.rows, self.frame.width
+        left = self.find_left(carry)[:, None]
         at = left + jnp.arange(width, dtype=jnp.int32)[None, :]
+        everywhere = self.everywhere
         if self.causal:
-            visible = self.everywhere < left
+            visible = everywhere < left
         else:
-            outside = (self.everywhere < left) | (self.everywhere >= left + width)
-            visible = (self.everywhere < carry.asks.total[:, None]) & outside
+            outside = (everywhere < left) | (everywhere >= left + width)
+            visible = (everywhere < carry.asks.total[:, None]) & outside
         # Before a row's first refresh its slot holds zeros, or the row that was there before it joined.
-        visible &= carry.rows.cached_block[:, None] >= 0
-        return self.forward_and_decode(carry.rows, carry.asks, at, self.before, running, self.show(carry, visible))[0]
+        visible &= rows.cached_block[:, None] >= 0
+        skip = rows.start[:, None] - left if self.policy.commits else self.frame.left
+        rows, fresh = self.forward_and_decode(rows, carry.asks, at, skip, running, self.show(carry, visible))
+        return rows, fresh if self.policy.commits else ()
 
     def show(self, carry: Carry, visible: jax.Array) -> Cache:
         """The cache with the canvas positions `visible` bool `[B, L]` to be seen."""
-        return Cache(carry.cache, rank_keys(self.family.visibility, self.everywhere, visible, self.block))
+        ranks = rank_keys(self.family.visibility, self.everywhere, visible, self.block)
+        if self.policy.commits:
+            ranks = jnp.pad(ranks, ((0, 0), (0, self.frame.width)), constant_values=HIDDEN_RANK)
+        return Cache(carry.cache, ranks)
+
+    def nothing(self, carry: Carry) -> Any:
+        """K/V of a window before there are any; () unless they are to be committed."""
+        if not self.policy.commits:
+            return ()
+        size = self.frame.width * self.config.head_dim
+        return jax.tree.map(lambda c: jnp.zeros((self.batch, c.shape[1], size), c.dtype), carry.cache)
+
+    def commit(self, carry: Carry, fresh: Any, left: jax.Array, running: jax.Array) -> Carry:
+        """Put the K/V of windows that start at `left` `[B]` into the running rows' caches, if the policy commits. What is not
+        final yet is hidden, and overwritten by the next window."""
+        if not self.policy.commits:
+            return carry
+        return carry._replace(cache=self.put(carry.cache, fresh, left, running))
+
+    def put(self, cache: Any, fresh: Any, left: jax.Array, running: jax.Array) -> Any:
+        """The cache with the fresh K/V `[B, G, W * K]` of the running rows at their positions from `left` `[B]` on."""
+
+        def one(state: tuple) -> tuple:
+            cache, pending = state
+            b = jnp.argmax(pending)
+            where = (b, 0, left[b] * self.config.head_dim)
+            cache = jax.tree.map(lambda c, f: jax.lax.dynamic_update_slice(c, _row(f, b), where), cache, fresh)
+            return cache, pending.at[b].set(False)
+
+        return jax.lax.while_loop(lambda c: jnp.any(c[1]), one, (cache, running))[0]
 
     def append(self, carry: Carry, running: jax.Array) -> Carry:
         """The block and the one before it, which has no masks left and joins the cache, for all running rows."""
@@ -323,18 +419,10 @@ class _Loop:
             rows = rows._replace(cached_block=jnp.where(state[2], rows.block, rows.cached_block))
             return rows, jax.tree.map(lambda a: a[:, :, :size], fresh), jnp.zeros_like(state[2])
 
-        def put(state: tuple) -> tuple:
-            cache, pending = state
-            b = jnp.argmax(pending)
-            where = (b, 0, left[b] * head)
-            cache = jax.tree.map(lambda c, f: jax.lax.dynamic_update_slice(c, _row(f, b), where), cache, finished)
-            return cache, pending.at[b].set(False)
-
         # Two loops, the one reading the cache and the other writing it: done in one, XLA would copy all of it in between.
         nothing = jax.tree.map(lambda c: jnp.zeros((self.batch, c.shape[1], size), c.dtype), carry.cache)
         rows, finished, _ = jax.lax.while_loop(lambda c: jnp.any(c[2]), forward, (carry.rows, nothing, running))
-        cache, _ = jax.lax.while_loop(lambda c: jnp.any(c[1]), put, (carry.cache, running))
-        return carry._replace(rows=rows, cache=cache)
+        return carry._replace(rows=rows, cache=self.put(carry.cache, finished, left, running))
 
     def forward_and_decode(
         self, rows: Rows, asks: Request, at: jax.Array, skip: jax.Array | int, running: jax.Array, cache: Cache | None
@@ -343,19 +431,25 @@ class _Loop:
         family, config, params, block = self.family, self.config, self.params, self.block
         smoothing = self.smoothing
         valid = (at >= 0) & (at < asks.total[:, None]) & running[:, None]
-        x = family.embed(params, config, _take(rows.tokens, at)) if smoothing is None else _take(rows.soft, at)
         if self.causal:
-            valid &= at < rows.start[:, None] + block
+            valid &= at < rows.start[:, None] + block - self.frame.unread
+        if self.decoder.drafts:
+            return self.verify(rows, asks, at, skip, running, cache, valid)
+        read = _take(rows.tokens, at)
+        x = family.embed(params, config, read) if smoothing is None else _take(rows.soft, at)
         x, fresh = family.trunk(params, config, x, at, see(family.visibility, at, valid, block), cache)
+        # The positions whose logits are of the block.
+        skip = skip - family.shift
         # Smoothing wants the logits of every position: of a window they are made once, and the block's cut from them.
         wide = None
-        if smoothing is not None and cache is not None and x.shape[1] <= AT_ONCE:
+        if smoothing is not None and cache is not None and x.shape[1] <= AT_ONCE and isinstance(skip, int):
             wide = family.unembed(params, config, x)
             logits = wide[:, skip : skip + block]
         else:
             logits = family.unembed(params, config, _take(x, skip + jnp.arange(block)[None, :]))
-        decoded = self.decode_block(rows, asks, logits, running, whole=cache is None)
+        decoded, _ = self.decode_block(rows, asks, logits, running, whole=cache is None)
         decoded = decoded._replace(positions=rows.positions + jnp.sum(valid, axis=1, dtype=jnp.int32))
+        decoded = self.find_final(decoded, read, at, valid)
         if smoothing is None:
             return decoded, fresh
         tokens = _take(decoded.tokens, at)
@@ -369,10 +463,79 @@ class _Loop:
         covered = (offset >= 0) & (offset < at.shape[1]) & _take(valid, offset)
         return decoded._replace(soft=jnp.where(covered[..., None], _take(soft, offset), rows.soft)), fresh
 
-    def decode_block(self, rows: Rows, asks: Request, logits: jax.Array, running: jax.Array, whole: bool) -> Rows:
+    def verify(
+        self,
+        rows: Rows,
+        asks: Request,
+        at: jax.Array,
+        skip: jax.Array | int,
+        running: jax.Array,
+        cache: Cache | None,
+        valid: jax.Array,
+    ) -> tuple[Rows, Any]:
+        """`forward_and_decode` of D drafts of the block. A window holds them one after another, each a copy that sees itself
+        and the cache. Without a cache each is a canvas of its own; where a canvas refills one, the first is read alone."""
+        family, config, block = self.family, self.config, self.block
+        (batch, window), alone = at.shape, cache is None
+        drafts = 1 if alone and self.policy.keeps else self.decoder.drafts
+        offset = at - rows.start[:, None]
+        each = jnp.clip(offset, 0, block - 1)[:, None, :]
+        each = jnp.take_along_axis(rows.drafts[:, :drafts], jnp.broadcast_to(each, (batch, drafts, window)), axis=2)
+        inside = ((offset >= 0) & (offset < block))[:, None, :]
+        tokens = jnp.where(inside, each, _take(rows.tokens, at)[:, None, :])
+        there = jnp.arange(drafts)[None, :] < rows.drafted[:, None]
+        shown = valid[:, None, :] & there[:, :, None]
+        places = jnp.broadcast_to(at[:, None, :], tokens.shape)
+        shape = (batch * drafts, window) if alone else (batch, drafts * window)
+        sight = see(family.visibility, places.reshape(shape), shown.reshape(shape), block)
+        if not alone:
+            copy = 1 + jnp.arange(drafts * window, dtype=jnp.int32)[None, :] // window
+            sight = sight._replace(copy=jnp.broadcast_to(copy, shape), own=sight.context)
+        x = family.embed(self.params, config, tokens.reshape(shape))
+        x, fresh = family.trunk(self.params, config, x, places.reshape(shape), sight, cache)
+        x = x.reshape(batch * drafts, window, -1)
+        rows_of = jnp.broadcast_to(jnp.asarray(skip), (batch, 1)) - family.shift + jnp.arange(block)[None, :]
+        x = _take(x, jnp.repeat(rows_of, drafts, axis=0)).reshape(batch, drafts * block, -1)
+        logits = family.unembed(self.params, config, x).reshape(batch, drafts, block, -1)
+        logits = jnp.broadcast_to(logits, (batch, self.decoder.drafts, *logits.shape[2:]))
+        read = jnp.sum(there, axis=1, dtype=jnp.int32)
+        decoded, verdict = self.decode_block(rows, asks, logits, running, alone, read)
+        decoded = decoded._replace(positions=rows.positions + jnp.sum(shown, axis=(1, 2), dtype=jnp.int32))
+        if not self.policy.commits:
+            return decoded, fresh
+        kept = jnp.clip(jnp.zeros_like(read) if verdict.kept is None else verdict.kept, 0, read - 1)
+        tokens = jnp.take_along_axis(tokens, kept[:, None, None], axis=1)[:, 0]
+        if drafts > 1:
+            fresh = jax.tree.map(lambda a: _take_part(a, kept, drafts), fresh)
+        return self.find_final(decoded, tokens, at, valid), fresh
+
+    def find_final(self, rows: Rows, read: jax.Array, at: jax.Array, valid: jax.Array) -> Rows:
+        """Where a cache commits what a window `at` `[B, W]` read, move its end to the first position that is not final: one
+        that still holds the mask, or was read `[B, W]` as another token."""
+        if not self.policy.commits:
+            return rows
+        now = _take(rows.tokens, at)
+        final = valid & (now == read) & (now != self.config.mask_id)
+        end = at[:, 0] + jnp.sum(jnp.cumprod(final, axis=1), axis=1, dtype=jnp.int32)
+        # What predicts the first mask is read again.
+        masks = jnp.where(rows.tokens == self.config.mask_id, self.everywhere, self.length)
+        end = jnp.minimum(end, jnp.min(masks, axis=1) - self.family.shift)
+        # Where nothing was read, nothing has changed.
+        return rows._replace(cached=jnp.where(jnp.any(valid, axis=1), end, rows.cached))
+
+    def decode_block(
+        self,
+        rows: Rows,
+        asks: Request,
+        logits: jax.Array,
+        running: jax.Array,
+        whole: bool,
+        read: jax.Array | None = None,
+    ) -> tuple[Rows, Verdict]:
         """Hand the block's logits `[B, S, V]` of one forward to each row's decoder and write what it says.
 
-        running bool `[B]`: the rows that take part. whole: the forward ran the whole canvas.
+        running bool `[B]`: the rows that take part. whole: the forward ran the whole canvas. With drafts the logits are
+        `[B, D, S, V]`, and read int32 `[B]` is how many the forward read.
         """
         spec, mask_id = self.spec, jnp.int32(self.config.mask_id)
         at = rows.start[:, None] + jnp.arange(self.block, dtype=jnp.int32)[None, :]
@@ -385,12 +548,14 @@ class _Loop:
         def step(state: Any, ask: Request, tick: Tick, *looked: jax.Array) -> tuple:
             # The key depends on the row's own seed and counter, not on its place in the batch.
             key = jax.random.fold_in(make_key(ask.seed), tick.forward) if spec.sampled else None
-            logits, tokens, may_write, at, floor = looked
+            logits, tokens, may_write, at, floor, drafts, read = looked
             decoder = NotBefore(spec.build(ask.numbers)[0], ask.least, self.config.eos_ids)
-            return decoder.step(state, Look(logits, tokens, may_write, at, tick, mask_id, floor, ask.temperature, key))
+            seen = Look(logits, tokens, may_write, at, tick, mask_id, floor, ask.temperature, key, drafts, read)
+            return decoder.step(state, seen)
 
         ticks = _ticks(rows, smoothing is not None)
-        state, verdict = jax.vmap(step)(rows.decoder, asks, ticks, logits, before, may_write, at, floor)
+        drafts = rows.drafts if self.decoder.drafts else None
+        state, verdict = jax.vmap(step)(rows.decoder, asks, ticks, logits, before, may_write, at, floor, drafts, read)
         offset = self.everywhere - rows.start[:, None]
         changed = may_write & (verdict.tokens != before)
         masks_left = jnp.any(may_write & (verdict.tokens == mask_id), axis=1)
@@ -400,6 +565,13 @@ class _Loop:
             confidence = _take(verdict.confidence, offset)
             trace = rows.trace.add(rows.forwards, rows.start, verdict.proposals, write, confidence, running, whole)
         one = running.astype(jnp.int32)
+        if self.decoder.drafts:
+            rows = rows._replace(
+                drafts=_keep(running, verdict.drafts, rows.drafts),
+                drafted=jnp.where(running, jnp.clip(verdict.drafted, 1, self.decoder.drafts), rows.drafted),
+            )
+        if self.decoder.advances:
+            rows = rows._replace(start=rows.start + jnp.where(running, jnp.clip(verdict.advance, 0, self.block), 0))
         return rows._replace(
             tokens=jnp.where(write, _take(verdict.tokens, offset), rows.tokens),
             # A block with masks is never done, whatever its decoder says.
@@ -409,7 +581,7 @@ class _Loop:
             call=rows.call + one,
             decoder=_keep(running, state, rows.decoder),
             trace=trace,
-        )
+        ), verdict
 
     def finish_blocks(self, rows: Rows, asks: Request, running: jax.Array) -> Rows:
         """Move rows whose block is done to the next one, or end them: at an EOS (early stop), at their decoder's word, or at
@@ -417,11 +589,15 @@ class _Loop:
         eos_ids = self.config.eos_ids
         finished = running & (rows.done | rows.stop)
         at = self.everywhere
-        generated = _in_block(rows, asks.total, self.block) & (at >= asks.prompt[:, None])
-        ends = finished & asks.early_stop & jnp.any(generated & _is_any(rows.tokens, eos_ids), axis=1)
         start = jnp.where(finished, rows.start + self.block, rows.start)
+        generated = (at >= asks.prompt[:, None]) & (at < jnp.minimum(start, asks.total)[:, None])
+        ends = running & asks.early_stop & jnp.any(generated & _is_any(rows.tokens, eos_ids), axis=1)
         fill = ends[:, None] & (at >= start[:, None]) & (at < asks.total[:, None])
         fill |= rows.stop[:, None] & (rows.tokens == self.config.mask_id) & (at < asks.total[:, None])
+        if self.decoder.drafts:
+            fresh = _as_it_stands(rows.tokens, start, self.decoder.drafts, self.block)
+            drafted = jnp.where(finished, 1, rows.drafted)
+            rows = rows._replace(drafts=_keep(finished, fresh, rows.drafts), drafted=drafted)
         return rows._replace(
             tokens=jnp.where(fill, eos_ids[0], rows.tokens),
             active=rows.active & ~ends & ~rows.stop & (start < asks.total),

@@ -23,6 +23,8 @@ from djax.pytree import classes
 
 # Of an editing decoder a block: they set the trace's length.
 MOST_POST_STEPS = 1024
+# Of a decoder that verifies: they set a window's width.
+MOST_DRAFTS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,15 +152,16 @@ def _plugs(model: Model, decoder: Any, cache: Any, smoothing: Any) -> Plugs:
     plug(decoder, "decoder", Decoder, spelled(DECODERS))
     decoder = _with_values(decoder, "decoder")
     with reading("decoder"):
-        for name in ("draws", "edits"):
+        for name in ("draws", "edits", "advances"):
             boolean(getattr(decoder, name), f"decoder: {type_name(decoder)}.{name}")
         most = decoder.post_steps
         whole_number(most, f"decoder: {type_name(decoder)}.post_steps", at_least=0, at_most=MOST_POST_STEPS)
+        whole_number(decoder.drafts, f"decoder: {type_name(decoder)}.drafts", at_least=0, at_most=MOST_DRAFTS)
     policy = Uncached() if cache is None else cache
     plug(policy, "cache", Policy, spelled(CACHES))
     policy = _with_values(policy, "cache")
     with reading("cache"):
-        for name in ("keeps", "appends"):
+        for name in ("keeps", "appends", "commits"):
             boolean(getattr(policy, name), f"cache: {type_name(policy)}.{name}")
         for reach in policy.reach():
             whole_number(reach, f"cache: {type_name(policy)}.reach()", at_least=0)
@@ -181,6 +184,14 @@ def _plugs(model: Model, decoder: Any, cache: Any, smoothing: Any) -> Plugs:
         raise OptionError(
             f"cache: expected None or Block(), which is exact, for the block-causal family {name}; got {show(cache)}"
         )
+    sees_past = model.family.visibility == "past"
+    if policy.keeps and policy.commits != sees_past:
+        legal = "None or a cache that commits what windows read" if sees_past else "a cache that commits nothing"
+        raise OptionError(f"cache: expected {legal} for the family {name}; got {show(cache)}")
+    if decoder.advances and model.block_causal:
+        raise OptionError(f"decoder: expected one whose blocks follow one another for the family {name}; got {show(decoder)}")
+    if smoothing is not None and decoder.drafts:
+        raise OptionError(f"smoothing: expected None with drafts, which soft embeddings do not have; got {show(smoothing)}")
     if smoothing is not None and not model.family.smooths:
         raise OptionError(f"smoothing: expected None, since the family {name} takes no soft embeddings; got {show(smoothing)}")
     return decoder, policy, smoothing
@@ -224,9 +235,11 @@ def _try_plugs(model: Model, ask: Request, plugs: Plugs, block: int, sampled: bo
     whole, real = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.float32))
     tick = Tick(whole, whole, whole, whole)
     tokens, where = jax.ShapeDtypeStruct((block,), jnp.int32), jax.ShapeDtypeStruct((block,), bool)
-    logits = jax.ShapeDtypeStruct((block, vocab), jnp.float32)
-    look = Look(logits, tokens, where, tokens, tick, whole, real, real, None)
     decoder, policy, smoothing = plugs
+    several = (decoder.drafts,) if decoder.drafts else ()
+    logits = jax.ShapeDtypeStruct((*several, block, vocab), jnp.float32)
+    drafts = (jax.ShapeDtypeStruct((*several, block), jnp.int32), whole) if several else (None, None)
+    look = Look(logits, tokens, where, tokens, tick, whole, real, real, None, *drafts)
 
     def step(decoder: Any, look: Look, seed: Any) -> tuple:
         state = decoder.init(block, vocab)
@@ -248,6 +261,13 @@ def _try_plugs(model: Model, ask: Request, plugs: Plugs, block: int, sampled: bo
             _expect(verdict.confidence, (block,), jnp.floating, f"{name}: the confidence of its verdict")
             for field in ("done", "stop"):
                 _expect(getattr(verdict, field), (), jnp.bool_, f"{name}: {field} of its verdict")
+            if several:
+                _expect(verdict.drafts, (*several, block), jnp.integer, f"{name}: the drafts of its verdict")
+                _expect(verdict.drafted, (), jnp.integer, f"{name}: drafted of its verdict")
+            if several and policy.commits and verdict.kept is not None:
+                _expect(verdict.kept, (), jnp.integer, f"{name}: kept of its verdict")
+            if decoder.advances:
+                _expect(verdict.advance, (), jnp.integer, f"{name}: advance of its verdict")
     if not _all_ours(policy):
         with reading(f"cache: trying {type_name(policy)}"):
             plan = jax.eval_shape(lambda p, *a: Plan(*map(jnp.asarray, p.plan(*a))), policy, tick, whole)
@@ -359,7 +379,7 @@ def check_memory(model: Model, ask: Request, plugs: Plugs, block: int) -> None:
     # Under a mesh an estimate further from below: as if all of this were split evenly, too.
     devices = 1 if model.mesh is None else model.mesh.size
     carried = sum(carried_bytes(model, ask, plugs, block).values()) // devices
-    logits = (4 * rows * block * c.vocab if plugs[1].keeps else 4 * block * c.vocab) // devices
+    logits = max(1, plugs[0].drafts) * (4 * rows * block * c.vocab if plugs[1].keeps else 4 * block * c.vocab) // devices
     need = model.bytes_per_device + carried + logits + 4 * c.heads * length * length // devices
     have = device_memory()
     if need > have:

@@ -7,7 +7,9 @@ of a block just entered runs the block before it, too, and appends that one's ke
 dataclass, a `djax.pytree`, with
 
     keeps             static: is there a cache at all? If not, `plan` never asks for a window.
-    appends           static: does it grow by finished blocks? Only for families that are block-causal.
+    appends           static: does it grow by finished blocks? Only for families whose blocks see what is before them.
+    commits           static: does it grow by what a window read, up to the first position that changed? Only for families whose
+                      positions see the past. The window then starts where the cache ends.
     reach()           static: how many positions before and after the block the window covers (cut to the canvas)
     plan(tick, cached_block) -> Plan
 
@@ -44,6 +46,7 @@ class Policy:
 
     keeps: ClassVar[bool] = True
     appends: ClassVar[bool] = False
+    commits: ClassVar[bool] = False
 
     def reach(self) -> tuple[int, int]:
         return 0, 0

@@ -8,7 +8,8 @@ once, and they may differ from row to row); what sets a shape is a static field.
 
 The loop maps both over the rows of a batch, so rows cannot look at each other. `look` is what the network read and said, the
 verdict what stands there now. A decoder that holds another one (`Credit`, `Edit`, `NotBefore`) changes what the inner one sees
-or what it returned.
+or what it returned. A decoder that verifies names `drafts`, D: each forward of a window then reads D versions of the block at
+once, which see the context and themselves alone, and the verdict says what the next forward reads.
 
 The invariant of every decoder, tested from the registry: it writes only at open positions and never the mask id; while masks
 are left it writes at least one token; without `post_steps` it writes only where the mask stood, and its block is done when no
@@ -46,10 +47,11 @@ class Tick(NamedTuple):
 
 
 class Look(NamedTuple):
-    """One forward of one row, as its decoder sees it. S positions of the current block, V tokens.
+    """One forward of one row, as its decoder sees it. S positions of the current block, V tokens, D drafts.
 
-    logits:  float32 `[S, V]`.
-    tokens:  int32 `[S]`, what the network read; mask_id where nothing is decided yet.
+    logits:  float32 `[S, V]`; of a decoder with drafts `[D, S, V]`.
+    tokens:  int32 `[S]`, what stands there, and what the network read if there are no drafts; mask_id where nothing is decided
+             yet.
     open:    bool `[S]`, the generated positions of the canvas: what the decoder may write.
     at:      int32 `[S]`, their positions on the canvas.
     tick:    see `Tick`.
@@ -57,6 +59,8 @@ class Look(NamedTuple):
     floor:   float32 scalar, a threshold that comparing decoders do not go below (smoothing's ramp); -inf without smoothing.
     temperature: float32 scalar.
     key:     the row's random key; None in a program that draws nothing.
+    drafts:  int32 `[D, S]`, what the network read; None without drafts.
+    read:    int32 scalar, how many of them it read, the first ones: 1 where the whole canvas refilled a cache; None without.
     """
 
     logits: jax.Array
@@ -68,6 +72,8 @@ class Look(NamedTuple):
     floor: jax.Array
     temperature: jax.Array
     key: jax.Array | None
+    drafts: jax.Array | None = None
+    read: jax.Array | None = None
 
     @property
     def masked(self) -> jax.Array:
@@ -83,6 +89,14 @@ class Verdict(NamedTuple):
     confidence: float32 `[S]`, the probability of `tokens` under this forward's logits: for the trace, computed only there.
     done:       bool scalar, the block takes no further forward.
     stop:       bool scalar, the row ends here; positions that still hold the mask become EOS.
+
+    Of a decoder with drafts, else None:
+    drafts:     int32 `[D, S]`, what the next forward shall read of the block. A block just entered is read as it stands.
+    drafted:    int32 scalar, how many of them, 1 to D.
+    kept:       int32 scalar, which draft's keys and values stay where a cache commits what a window read.
+
+    advance:    int32 scalar, how many leading positions the block leaves behind though it is not done: its start moves on by so
+                many, and the drafts are of the block from there. None: blocks follow one another.
     """
 
     tokens: jax.Array
@@ -90,6 +104,10 @@ class Verdict(NamedTuple):
     confidence: jax.Array
     done: jax.Array
     stop: jax.Array
+    drafts: jax.Array | None = None
+    drafted: jax.Array | None = None
+    kept: jax.Array | None = None
+    advance: jax.Array | None = None
 
 
 class Decoder:
@@ -98,11 +116,15 @@ class Decoder:
     draws:      static, whether it needs a key at temperature 0, too.
     edits:      static, whether it also replaces tokens that it wrote.
     post_steps: static, the most forwards that a block may take after its last mask went.
+    drafts:     static, D, the versions of the block that a window's forward reads; 0: what stands there.
+    advances:   static, whether its verdicts move the block on before it is done.
     """
 
     draws: bool = False
     edits: bool = False
     post_steps: int = 0
+    drafts: int = 0
+    advances: bool = False
 
     def init(self, block: int, vocab: int) -> Any:
         """The state before a row's first forward."""
@@ -131,7 +153,9 @@ def check_inner(decoder: Any) -> None:
     name = f"{type(decoder).__name__}(inner=...)"
     plug(decoder.inner, name, Decoder, "the decoders of djax, such as djax.Threshold(0.9)")
     with reading(name):
-        edits = bool(decoder.inner.edits)
+        edits, drafts = bool(decoder.inner.edits), bool(decoder.inner.drafts)
+    if drafts:
+        raise OptionError(f"{name}: expected a decoder without drafts, such as djax.Threshold(0.9); got {show(decoder.inner)}")
     if edits:
         raise OptionError(
             f"{name}: expected a decoder that does not edit, such as djax.Threshold(0.9); got {show(decoder.inner)}"

@@ -32,11 +32,21 @@ class NotBefore(Decoder):
     def post_steps(self) -> int:  # type: ignore[override]
         return self.inner.post_steps
 
+    @property
+    def drafts(self) -> int:  # type: ignore[override]
+        return self.inner.drafts
+
     def init(self, block: int, vocab: int) -> Any:
         return self.inner.init(block, vocab)
 
     def step(self, state: Any, look: Look) -> tuple[Any, Verdict]:
-        return self.inner.step(state, look._replace(logits=exclude(look.logits, look.at < self.least, self.ids)))
+        early = look.at < self.least
+
+        def shape(logits: jax.Array) -> jax.Array:
+            return exclude(logits, early, self.ids)
+
+        logits = jax.vmap(shape)(look.logits) if self.drafts else shape(look.logits)
+        return self.inner.step(state, look._replace(logits=logits))
 
 
 def exclude(logits: jax.Array, where: jax.Array, ids: tuple[int, ...]) -> jax.Array:

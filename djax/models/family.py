@@ -27,6 +27,7 @@ class Family:
     layouts:       its rule tables, Config -> {layout: rules} (`convert/rules.py`); an export writes the one named "hf".
     mask_id, eos_id: what its checkpoints use where they name none.
     visibility:    what a position sees: "all" positions, its block and those before ("blocks"), or the "past".
+    shift:         how many positions before its own a token is predicted: 1 for what was once autoregressive.
     has_experts:   whether its layers have a router.
     caches:        whether its keys and values can be kept.
     smooths:       whether it takes soft embeddings.
@@ -40,6 +41,7 @@ class Family:
     mask_id: int
     eos_id: int
     visibility: Visibility = "all"
+    shift: int = 0
     has_experts: bool = False
     caches: bool = True
     smooths: bool = True
