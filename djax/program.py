@@ -39,6 +39,8 @@ class Request(NamedTuple):
     start       int32 `[B]`, where the first block starts.
     seed        uint32 `[B]`.
     temperature float32 `[B]`.
+    top_p       float32 `[B]`, 1 cuts nothing.
+    top_k       int32 `[B]`, 0 cuts nothing.
     early_stop  bool `[B]`.
     cap         int32 `[B]`, the turns after which a row that still has masks is given up.
     numbers     the leaves of the plugs in the order of `Spec.plugs`, each with leading axis B.
@@ -51,6 +53,8 @@ class Request(NamedTuple):
     start: jax.Array
     seed: jax.Array
     temperature: jax.Array
+    top_p: jax.Array
+    top_k: jax.Array
     early_stop: jax.Array
     cap: jax.Array
     numbers: tuple[jax.Array, ...]
@@ -61,7 +65,8 @@ class Spec:
     """What is static to a program. Equal ones share it, and a carry belongs to the spec it was started with.
 
     family, config: of the model. block: S. sampled: decoders get a random key. traced: every forward is recorded.
-    plugs: the tree of decoder, policy and smoothing, without their numbers. kinds: their classes.
+    plugs: the tree of decoder, policy and smoothing, without their numbers. kinds: their classes. truncated: rows may draw from
+    less than all tokens.
     """
 
     family: Any
@@ -71,6 +76,7 @@ class Spec:
     traced: bool
     plugs: Any
     kinds: tuple
+    truncated: bool = False
 
     def build(self, numbers: Any) -> Plugs:
         """Decoder, policy and smoothing with these numbers."""
@@ -385,7 +391,8 @@ class _Loop:
             key = jax.random.fold_in(make_key(ask.seed), tick.forward) if spec.sampled else None
             logits, tokens, may_write, at, floor = looked
             decoder = NotBefore(spec.build(ask.numbers)[0], ask.least, self.config.eos_ids)
-            return decoder.step(state, Look(logits, tokens, may_write, at, tick, mask_id, floor, ask.temperature, key))
+            look = Look(logits, tokens, may_write, at, tick, mask_id, floor, ask.temperature, key)
+            return decoder.step(state, look._replace(top_p=ask.top_p, top_k=ask.top_k) if spec.truncated else look)
 
         ticks = _ticks(rows, smoothing is not None)
         state, verdict = jax.vmap(step)(rows.decoder, asks, ticks, logits, before, may_write, at, floor)

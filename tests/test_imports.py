@@ -31,6 +31,8 @@ ALLOWED = {
     "djax/caching": ("checks", "pytree", "caching", "decoding.contract"),
     "djax/smoothing.py": ("checks", "pytree"),
     "djax/trace.py": (),
+    "djax/options.py": ("caching.contract", "decoding", "smoothing"),
+    "djax/stop.py": ("errors", "checks"),
     "djax/plugs.py": ("errors", "checks"),
     "convert": ("errors", "checkpoint_files", "convert", "directories", "files", "models.layers"),
     "djax/directories.py": ("errors", "checks"),
@@ -48,7 +50,7 @@ ALLOWED = {
     "djax/conversion.py": ("errors", "files", "convert", "checkpoint", "directories", "process", "source"),
     "djax/request.py": (
         *("errors", "checks", "text", "plugs", "process", "pytree", "model", "program"),
-        *("caching", "decoding", "smoothing"),
+        *("caching", "decoding", "options", "smoothing", "stop"),
     ),
     "djax/generate.py": (
         *(
@@ -64,24 +66,41 @@ ALLOWED = {
             "request",
             "sharding",
         ),
-        *("caching.contract", "decoding", "smoothing", "trace"),
+        *("options", "stop", "trace"),
     ),
     "djax/engine.py": (
-        *("errors", "checks", "compilation", "generate", "model", "native", "process", "program", "programs", "request"),
+        *("errors", "checks", "compilation", "generate", "model", "native", "options"),
+        *("process", "program", "programs", "request"),
     ),
-    "djax/explain.py": ("errors", "checks", "decoding.contract", "generate", "model", "process", "program", "request"),
+    "djax/explain.py": (
+        *("errors", "checks", "decoding.contract", "generate", "model", "options"),
+        *("process", "program", "request"),
+    ),
     "djax/ahead.py": (
-        *("errors", "checks", "compilation", "directories", "native", "generate", "model", "process", "program", "request"),
+        *("errors", "checks", "compilation", "directories", "native", "generate", "model", "options"),
+        *("process", "program", "request"),
     ),
-    "djax/presets.py": ("errors", "checks", "configs"),
+    "djax/presets.py": ("errors", "checks", "configs", "options"),
     "djax/pictures": ("errors", "files", "pictures"),
     "djax/distill": (
-        *("errors", "checks", "compilation", "plugs", "pytree", "caching", "decoding", "smoothing", "model", "generate"),
+        *(
+            "errors",
+            "checks",
+            "compilation",
+            "plugs",
+            "pytree",
+            "caching",
+            "decoding",
+            "smoothing",
+            "model",
+            "generate",
+            "options",
+        ),
         *("checkpoint", "files", "models.hf", "process", "sharding", "source", "training", "distill"),
     ),
     "djax/training": (
         *("errors", "compilation", "directories", "files", "text", "models", "model", "checkpoint", "generate", "process"),
-        *("sharding", "training"),
+        *("options", "sharding", "training"),
     ),
 }
 
