@@ -188,7 +188,7 @@ def draw_from(logits: jax.Array, mask_id: jax.Array, temperature: jax.Array, top
     as in HF; of their softmax the fewest, lower ids first on ties, whose mass reaches top_p (1: all).
     """
     positions, vocab = logits.shape
-    ids = jnp.arange(vocab, dtype=jnp.int32)
+    ids = jnp.arange(vocab, dtype=jnp.int32)[None, :]
     is_mask_id = ids == mask_id
     # By rank and not by comparing with the last logit left: XLA may compute the logits anew, rounded differently (`best`).
     falling = jnp.where(is_mask_id, jnp.inf, -logits)
