@@ -39,7 +39,7 @@ class Request(NamedTuple):
     start       int32 `[B]`, where the first block starts.
     seed        uint32 `[B]`.
     temperature float32 `[B]`.
-    top_p       float32 `[B]`, 1 cuts nothing.
+    top_p       float32 `[B]`, 1 cuts nothing. () in the carry of a program that cuts nothing, as is top_k.
     top_k       int32 `[B]`, 0 cuts nothing.
     early_stop  bool `[B]`.
     cap         int32 `[B]`, the turns after which a row that still has masks is given up.
@@ -195,7 +195,9 @@ def start(params: Any, ask: Request, *, spec: Spec) -> Carry:
         soft=() if smoothing is None else spec.family.embed(params, spec.config, ask.tokens),
     )
     cache = spec.family.empty_cache(params, spec.config, batch, length) if policy.keeps else ()
-    return Carry(rows, ask._replace(tokens=()), cache)
+    ask = ask._replace(tokens=())
+    # What nothing reads is not carried.
+    return Carry(rows, ask if spec.truncated else ask._replace(top_p=(), top_k=()), cache)
 
 
 def join(params: Any, carry: Carry, ask: Request, b: jax.Array, *, spec: Spec) -> Carry:
