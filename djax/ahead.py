@@ -21,7 +21,7 @@ from djax.directories import free, new_directory
 from djax.errors import OptionError
 from djax.generate import ask, compiled
 from djax.model import Model, computing, known_model
-from djax.options import takes_options
+from djax.options import show_options
 from djax.process import with_own_settings
 from djax.program import Request, Rows, decode
 from djax.request import Asked, dtype_of, refuse_lists
@@ -34,7 +34,7 @@ _UNPROMISED = ("__gpu$xla.gpu.triton", "LayoutConstraint")
 
 
 @with_own_settings
-@takes_options()
+@show_options()
 def compile(model: Model, *, prompt_length: int = 64, rows: int = 1, **options: Any) -> tuple[int, float]:
     """Compile the program that `djax.generate(model, prompts, **options)` would run for `rows` prompts of up to
     `prompt_length` tokens, and keep it: in this process, and in the compile cache for the next.
@@ -48,7 +48,7 @@ def compile(model: Model, *, prompt_length: int = 64, rows: int = 1, **options: 
 
 
 @with_own_settings
-@takes_options()
+@show_options()
 def export_program(
     model: Model,
     directory: str | os.PathLike,

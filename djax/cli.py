@@ -22,7 +22,7 @@ from tyro.conf import Positional, UseAppendAction, arg, subcommand
 from djax import interrupt
 from djax.errors import DjaxError, OptionError, PromptError
 from djax.files import decode
-from djax.options import FIELDS, is_repeated, meaning, of_one_prompt
+from djax.options import FIELDS, describe, is_repeated, list_types
 
 PRESET = """A published way to decode, whose values then are the defaults of the options below (with --help: shown there):
 llada, fast_dllm_prefix, fast_dllm_dual, dinfer_vicinity, dinfer_credit or dinfer_hierarchy."""
@@ -32,36 +32,37 @@ APART = ("trace", "max_batch")
 PLUGS = {"decoder": "decoding.DECODERS", "cache": "caching.CACHES", "smoothing": "smoothing.SMOOTHINGS"}
 
 
-def help_of(option: str) -> str:
+def describe_flag(option: str) -> str:
     """The documentation of an option of `djax.generate`, as a sentence."""
-    text = meaning(option)
+    text = describe(option)
     return text[0].upper() + text[1:]
 
 
-def _shown(option: str, value: Any) -> Any:
+def _spell(option: str, value: Any) -> Any:
     """An option's value as the command line has it."""
     if option in PLUGS:
         return "none" if value is None else repr(value)
     return tuple(value or ()) if is_repeated(option) else value
 
 
-def _flag(option: str) -> tuple[str, Any, Any]:
+def _make_flag(option: str) -> tuple[str, Any, Any]:
     """An option of `djax.generate` as one of a command: name, type and default."""
-    kind: Any = functools.reduce(operator.or_, of_one_prompt(option))
-    told = arg(help=help_of(option))
+    kind: Any = functools.reduce(operator.or_, list_types(option))
+    described = arg(help=describe_flag(option))
     if option in PLUGS:
-        kind = Annotated[str, told]
+        kind = Annotated[str, described]
     elif is_repeated(option):
-        kind = Annotated[tuple[str, ...], told, UseAppendAction]
+        kind = Annotated[tuple[str, ...], described, UseAppendAction]
     else:
-        kind = Annotated[kind, told]
-    return option, kind, dataclasses.field(default=_shown(option, FIELDS[option].default))
+        kind = Annotated[kind, described]
+    return option, kind, dataclasses.field(default=_spell(option, FIELDS[option].default))
 
 
 @dataclasses.dataclass
 class Decoding(
     dataclasses.make_dataclass(
-        "Fields", [("preset", Annotated[str | None, arg(help=PRESET)], None), *(_flag(n) for n in FIELDS if n not in APART)]
+        "Fields",
+        [("preset", Annotated[str | None, arg(help=PRESET)], None), *(_make_flag(n) for n in FIELDS if n not in APART)],
     )
 ):
     """How an answer is decoded; the same names and defaults as `djax.generate`."""
@@ -72,7 +73,7 @@ class Decoding(
         from djax.presets import preset
 
         chosen = preset(name) if name is not None else {}
-        return cls(name, **{option: _shown(option, value) for option, value in chosen.items()})
+        return cls(name, **{option: _spell(option, value) for option, value in chosen.items()})
 
     def options(self) -> dict[str, Any]:
         """What to pass to `djax.generate`."""
@@ -128,7 +129,7 @@ class Generate:
     devices: int = 1
     """Split the model over this many devices."""
     decoding: DecodingOptions = dataclasses.field(default_factory=start)
-    max_batch: Annotated[int | None, arg(help=help_of("max_batch"))] = FIELDS["max_batch"].default
+    max_batch: Annotated[int | None, arg(help=describe_flag("max_batch"))] = FIELDS["max_batch"].default
     show: bool = False
     """Replay the decode in the terminal, each token coloured by the forward that accepted it."""
     html: Annotated[Path | None, arg(metavar="FILE")] = None

@@ -15,7 +15,7 @@ from djax.errors import BatchError, CanvasError, OptionError
 from djax.generate import Generation, Timing, ask, read_row, unfinished
 from djax.model import Model, computing, known_model
 from djax.native import kernels_wanted
-from djax.options import takes_options
+from djax.options import show_options
 from djax.process import with_own_settings
 from djax.program import BLOCK_FINISHED, NO_EVENT, ROW_ENDED, Request, join, run, start
 from djax.programs import PROGRAMS, kinds
@@ -39,7 +39,7 @@ class Engine:
     """
 
     @with_own_settings
-    @takes_options()
+    @show_options()
     def __init__(
         self,
         model: Model,
@@ -86,7 +86,7 @@ class Engine:
             return [b for b in range(self._rows) if b not in self._waiting]
 
     @with_own_settings
-    @takes_options()
+    @show_options()
     def join(self, prompt: Any, **options: Any) -> int:
         """Put one prompt into a free slot, whose number is returned. Takes the options of `djax.generate`.
 

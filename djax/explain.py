@@ -11,7 +11,7 @@ from djax.decoding.contract import Tick
 from djax.errors import OptionError
 from djax.generate import ask
 from djax.model import Model
-from djax.options import takes_options
+from djax.options import show_options
 from djax.process import with_own_settings
 from djax.program import Request, reach
 from djax.request import Asked, carried_bytes, refuse_lists
@@ -65,7 +65,7 @@ class Explanation:
 
 
 @with_own_settings
-@takes_options()
+@show_options()
 def explain(model: Model, prompts: Any, **options: Any) -> Explanation | list[Explanation]:
     """What `djax.generate(model, prompts, **options)` would do, one `Explanation` a prompt. Compiles and runs no model.
 

@@ -14,7 +14,7 @@ from djax.compilation import enable_cache
 from djax.errors import TripCapError
 from djax.model import Model, computing
 from djax.native import kernels_wanted
-from djax.options import named, takes_options
+from djax.options import make_options, show_options
 from djax.process import with_own_settings
 from djax.program import Request, Rows, decode
 from djax.programs import PROGRAMS, kinds
@@ -76,7 +76,7 @@ class Generation:
 
 
 @with_own_settings
-@takes_options()
+@show_options()
 def generate(model: Model, prompts: Any, **options: Any) -> Generation | list[Generation]:
     """Answer one prompt or many; see `text.encode` for the forms of `prompts`. One prompt gives one `Generation`.
 
@@ -102,7 +102,7 @@ def ask(model: Model, prompts: Any, options: Mapping[str, Any], caller: str) -> 
 
     Raises `TypeError`, naming the caller, for an option that `generate` does not have, and `generate`'s errors.
     """
-    return prepare(model, prompts, named(options, caller))
+    return prepare(model, prompts, make_options(options, caller))
 
 
 def compiled(model: Model, asked: Asked, ask: Request) -> tuple[Any, float]:

@@ -35,7 +35,7 @@ class Options:
     decoder: Decoder | Sequence[Decoder] = _option(  # noqa: RUF009  (makes a field)
         Threshold(),
         "which tokens a forward accepts: Threshold(tau) takes all whose confidence reaches tau (above 1: one token a "
-        "forward), Fixed(per_step) the surest few, Fixed(steps=8) a block in so many forwards, Hierarchy(high, low) the "
+        "forward), Fixed(per_step) the surest few, Fixed(steps=8) a block in that many forwards, Hierarchy(high, low) the "
         "surest of each stretch of masks, Factor(f) as many as are jointly sure, Entropy(theta) the sharpest; "
         "Credit(Threshold(0.8)) trusts tokens proposed before, Edit(Threshold(0.95), tau=0.9) also replaces accepted ones.",
     )
@@ -61,8 +61,8 @@ class Options:
     )
     seed: int | Sequence[int] = _option(
         0,
-        "of the draws. A row draws the noise it would draw alone, whatever its place in the batch: equal prompts with one "
-        "seed give equal answers.",
+        "the noise comes from it. A row draws the noise it would draw alone, whatever its place in the batch: equal prompts "
+        "with one seed give equal answers.",
     )
     early_stop: bool | Sequence[bool] = _option(
         True, "end a row after the first block with an EOS; otherwise fill its whole canvas."
@@ -84,19 +84,19 @@ class Options:
 FIELDS: Mapping[str, dataclasses.Field] = {field.name: field for field in dataclasses.fields(Options)}
 
 
-def named(options: Mapping[str, Any], caller: str) -> Options:
+def make_options(options: Mapping[str, Any], caller: str) -> Options:
     """The options of a call. Raises `TypeError`, naming the caller, for names that are none."""
     if unknown := set(options) - set(FIELDS):
         raise TypeError(f"{caller}() got unexpected options {sorted(unknown)}; those of djax.generate are {sorted(FIELDS)}")
     return Options(**options)
 
 
-def meaning(name: str) -> str:
+def describe(name: str) -> str:
     """The documentation of an option."""
     return FIELDS[name].metadata["text"]
 
 
-def of_one_prompt(name: str) -> tuple[Any, ...]:
+def list_types(name: str) -> tuple[Any, ...]:
     """The types that the value of one prompt may have."""
     return tuple(kind for kind in _kinds(name) if get_origin(kind) is not Sequence)
 
@@ -106,7 +106,7 @@ def is_repeated(name: str) -> bool:
     return Sequence[str] in _kinds(name)
 
 
-def takes_options(*, without: Collection[str] = ()) -> Callable[[F], F]:
+def show_options(*, without: Collection[str] = ()) -> Callable[[F], F]:
     """Show the options that a function takes as `**options` in its signature, less those it has itself or goes `without`, and
     list them in its docstring, where a line says {options}, and those that may be lists where one says {lists}."""
 
@@ -116,12 +116,13 @@ def takes_options(*, without: Collection[str] = ()) -> Callable[[F], F]:
         fields = [f for name, f in FIELDS.items() if name not in (*without, *(p.name for p in own))]
         more = [inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type) for f in fields]
         function.__signature__ = signature.replace(parameters=[*own, *more])
-        if function.__doc__:  # none under python -OO
-            fill = functools.partial(textwrap.fill, width=100, initial_indent=" " * 4)
-            listed = "\n".join(fill(f"{f.name}: {meaning(f.name)}", subsequent_indent=" " * 8) for f in fields)
-            several = ", ".join(f.name for f in fields if len(of_one_prompt(f.name)) < len(_kinds(f.name)))
-            lists = fill(f"May also be lists with one for each prompt: {several}.", subsequent_indent=" " * 4)
-            function.__doc__ = function.__doc__.replace("    {options}", listed).replace("    {lists}", lists)
+        if "{options}" in (function.__doc__ or ""):  # python -OO leaves none
+            fill = functools.partial(textwrap.fill, width=100)
+            listed = "\n".join(fill(f"{f.name}: {describe(f.name)}", subsequent_indent=" " * 4) for f in fields)
+            several = ", ".join(f.name for f in fields if len(list_types(f.name)) < len(_kinds(f.name)))
+            lists = fill(f"May also be lists with one for each prompt: {several}.")
+            text = inspect.cleandoc(function.__doc__)
+            function.__doc__ = text.replace("{options}", listed).replace("{lists}", lists)
         return function
 
     return show

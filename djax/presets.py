@@ -6,7 +6,7 @@ from typing import Any
 
 from djax.checks import plain_text, show
 from djax.errors import OptionError
-from djax.options import named
+from djax.options import make_options
 
 
 def presets() -> list[str]:
@@ -25,5 +25,5 @@ def preset(name: str) -> dict[str, Any]:
     if plain not in presets():
         raise OptionError(f"preset: unknown {show(name)}; there are: {', '.join(presets())}")
     chosen = dict(importlib.import_module(f"djax.configs.presets.{plain}").PRESET)
-    named(chosen, f"djax.configs.presets.{plain}")  # a preset has no option that does not exist
+    make_options(chosen, f"djax.configs.presets.{plain}")  # a preset has no option that does not exist
     return chosen

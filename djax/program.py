@@ -66,7 +66,7 @@ class Spec:
 
     family, config: of the model. block: S. sampled: decoders get a random key. traced: every forward is recorded.
     plugs: the tree of decoder, policy and smoothing, without their numbers. kinds: their classes. truncated: rows may draw from
-    less than all tokens.
+    fewer than all tokens.
     """
 
     family: Any

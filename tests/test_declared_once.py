@@ -14,7 +14,7 @@ from djax import cli, distill
 from djax.caching import Uncached
 from djax.distill.recording import record
 from djax.distill.run import judge
-from djax.options import FIELDS, meaning
+from djax.options import FIELDS, describe
 from djax.presets import presets
 from djax.training.evaluate import evaluate
 
@@ -69,7 +69,7 @@ def test_every_door_shows_all_of_them(door):
 def test_generate_documents_all_of_them():
     text = " ".join(djax.generate.__doc__.split())
     for name in NAMES:
-        assert f"{name}: {' '.join(meaning(name).split())}" in text
+        assert f"{name}: {' '.join(describe(name).split())}" in text
     assert "{" not in text
     lists = text[text.index("May also be lists") :]
     assert "gen_length, min_gen_length, decoder, cache, smoothing, temperature, top_p, top_k, seed, early_stop, stop." in lists
@@ -123,7 +123,7 @@ def test_the_command_line_has_each(capsys):
             assert "--show" in shown and "--html" in shown, "what a trace is for"
             continue
         assert f"--{name.replace('_', '-')} " in shown or f"--{name.replace('_', '-')}, " in shown
-        text = " ".join(cli.help_of(name).split())
+        text = " ".join(cli.describe_flag(name).split())
         assert text[:60] in shown, text
     arguments = []
     for name in set(NAMES) - set(cli.APART):
@@ -142,7 +142,7 @@ def test_the_command_line_has_each(capsys):
 def test_a_preset_may_name_each():
     for name in NAMES:
         if name not in cli.APART:
-            shown = cli._shown(name, VALUES[name])
+            shown = cli._spell(name, VALUES[name])
             assert cli.Decoding(**{name: shown}).options()[name] == VALUES[name]
     for name in presets():
         chosen = djax.preset(name)

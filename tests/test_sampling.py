@@ -11,7 +11,7 @@ from tiny import tiny_model
 from toy import toy_model
 
 import djax
-from djax.decoding.contract import Look, Tick, candidates, draw_from
+from djax.decoding.contract import Look, Tick, candidates, keep_likeliest
 from djax.errors import OptionError
 from djax.program import decode
 from djax.request import prepare
@@ -41,7 +41,7 @@ def drawn_logits(rng, *, ties):
 
 @pytest.fixture(scope="module")
 def look_at():
-    """`candidates` and `draw_from` of one row, compiled once."""
+    """`candidates` and `keep_likeliest` of one row, compiled once."""
 
     @jax.jit
     def run(logits, seed, temperature, top_p, top_k):
@@ -49,7 +49,7 @@ def look_at():
         tokens = jnp.where(jnp.arange(POSITIONS) < POSITIONS - 2, MASK, 0)
         at, tick = jnp.arange(POSITIONS), Tick(zero, zero, zero, zero)
         look = Look(logits, tokens, where, at, tick, jnp.int32(MASK), jnp.float32(0), temperature, jax.random.key(seed))
-        kept = draw_from(logits, jnp.int32(MASK), temperature, top_p, top_k)
+        kept = keep_likeliest(logits, jnp.int32(MASK), temperature, top_p, top_k)
         return candidates(look), candidates(look._replace(top_p=top_p, top_k=top_k)), kept
 
     return lambda logits, seed, t, p, k: run(logits, seed, jnp.float32(t), jnp.float32(p), jnp.int32(k))

@@ -152,7 +152,7 @@ def candidates(look: Look) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The token each position proposes, int32 `[S]`; its confidence, float32; and whether it is a candidate, bool.
 
     The token is the argmax of the logits, with Gumbel noise scaled by the temperature if there is a key, among those that
-    `draw_from` leaves; the confidence is its probability under all logits without noise (LLaDA, arXiv 2502.09992; dInfer).
+    `keep_likeliest` leaves; the confidence is its probability under all logits without noise (LLaDA, arXiv 2502.09992; dInfer).
     A masked position that proposes the mask id, which nothing cuts, is no candidate. If a row has masks but no candidate,
     the mask id is struck from its logits, so that the row still goes on; dInfer loops forever there. Ties go to the lower
     token id. Where the logits are not finite nothing is a candidate: such a model ends at the cap on turns with an error,
@@ -166,7 +166,7 @@ def candidates(look: Look) -> tuple[jax.Array, jax.Array, jax.Array]:
         noise = jax.random.gumbel(look.key, logits.shape, logits.dtype, mode="low")
         noisy = logits + look.temperature * noise
         if look.top_p is not None and look.top_k is not None:
-            noisy = jnp.where(draw_from(logits, mask_id, look.temperature, look.top_p, look.top_k), noisy, -jnp.inf)
+            noisy = jnp.where(keep_likeliest(logits, mask_id, look.temperature, look.top_p, look.top_k), noisy, -jnp.inf)
         other, highest, of_mask_id = _two_best(noisy, mask_id)
     is_mask = (of_mask_id > highest) | ((of_mask_id == highest) & (mask_id < other))
     candidate = masked & ~is_mask
@@ -181,7 +181,9 @@ def candidates(look: Look) -> tuple[jax.Array, jax.Array, jax.Array]:
     return tokens, confidence, (candidate | (masked & stuck)) & ~jnp.isnan(confidence)
 
 
-def draw_from(logits: jax.Array, mask_id: jax.Array, temperature: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax.Array:
+def keep_likeliest(
+    logits: jax.Array, mask_id: jax.Array, temperature: jax.Array, top_p: jax.Array, top_k: jax.Array
+) -> jax.Array:
     """The tokens that may be drawn, bool `[S, V]` for logits `[S, V]`; always the likeliest one, and the mask id.
 
     Of softmax(logits / temperature) without the mask id: the top_k likeliest (0: all), with what ties with the last of them,

@@ -13,7 +13,7 @@ from djax.distill.store import Problem, Store, Trajectory
 from djax.errors import OptionError, TraceError
 from djax.generate import Generation, generate
 from djax.model import Model
-from djax.options import named, takes_options
+from djax.options import make_options, show_options
 from djax.process import with_own_settings
 
 # Trajectories a file, as many as are lost when a recording is killed.
@@ -21,7 +21,7 @@ PART = 500
 
 
 @with_own_settings
-@takes_options(without=("trace",))
+@show_options(without=("trace",))
 def record(
     model: Model,
     problems: Sequence[Problem],
@@ -42,7 +42,7 @@ def record(
     `progress` is called with the number of trajectories that are there. Raises `OptionError`, `TraceError` (another model's or
     other settings' store; disk full), and `generate`'s errors.
     """
-    given = named(options, "record")
+    given = make_options(options, "record")
     whole_number(samples, "samples", at_least=1)
     whole_number(max_batch, "max_batch", at_least=1)
     _plain(problems)
