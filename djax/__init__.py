@@ -27,6 +27,7 @@ from djax.errors import (
 from djax.explain import explain
 from djax.generate import Generation, Timing, generate
 from djax.model import Model, logits
+from djax.options import Options
 from djax.presets import preset
 from djax.pytree import pytree
 from djax.sharding import mesh
@@ -51,6 +52,7 @@ __all__ = [
     "Hierarchy",
     "Model",
     "OptionError",
+    "Options",
     "PathError",
     "Policy",
     "Prefix",

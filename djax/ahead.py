@@ -21,6 +21,7 @@ from djax.directories import free, new_directory
 from djax.errors import OptionError
 from djax.generate import ask, compiled
 from djax.model import Model, computing, known_model
+from djax.options import show_options
 from djax.process import with_own_settings
 from djax.program import Request, Rows, decode
 from djax.request import Asked, dtype_of, refuse_lists
@@ -33,6 +34,7 @@ _UNPROMISED = ("__gpu$xla.gpu.triton", "LayoutConstraint")
 
 
 @with_own_settings
+@show_options()
 def compile(model: Model, *, prompt_length: int = 64, rows: int = 1, **options: Any) -> tuple[int, float]:
     """Compile the program that `djax.generate(model, prompts, **options)` would run for `rows` prompts of up to
     `prompt_length` tokens, and keep it: in this process, and in the compile cache for the next.
@@ -46,6 +48,7 @@ def compile(model: Model, *, prompt_length: int = 64, rows: int = 1, **options: 
 
 
 @with_own_settings
+@show_options()
 def export_program(
     model: Model,
     directory: str | os.PathLike,
@@ -77,6 +80,8 @@ def export_program(
         )
     if model.mesh is not None:
         raise OptionError("export_program: expected a model on one device, this one lies on a mesh; load it without one")
+    if options.get("stop") is not None:
+        raise OptionError("stop: expected None, since an exported program gives tokens and no text")
     refuse_lists(options, "one for all rows, since an exported program takes one set of numbers")
     asked = _asked(model, prompt_length, rows, options, "export_program")
     (request,), numbers = asked.asks, jax.tree.leaves(asked.plugs)
@@ -87,10 +92,13 @@ def export_program(
     def program(parameters: dict[str, Any], request: dict[str, Any], numbers: list[Any]) -> dict[str, Any]:
         params = traverse_util.unflatten_dict(parameters, sep=".")
         each = tuple(jnp.broadcast_to(n, (len(request["prompt"]), *n.shape)) for n in numbers)
-        out: Rows = decode(params, Request(**request, numbers=each), spec=dataclasses.replace(spec, traced=False))
+        whole = dict.fromkeys(left_out, ())
+        out: Rows = decode(params, Request(**request, **whole, numbers=each), spec=dataclasses.replace(spec, traced=False))
         return {name: getattr(out, name) for name in _RESULTS}
 
-    fields = {name: value for name, value in request._asdict().items() if name != "numbers"}
+    # Where nothing is cut, nothing reads them.
+    left_out = () if spec.truncated else ("top_p", "top_k")
+    fields = {name: value for name, value in request._asdict().items() if name not in ("numbers", *left_out)}
     arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (parameters, fields, numbers))
     allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in _UNPROMISED]
     with computing(model), native.portable(), _assume_device(platform):

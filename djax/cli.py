@@ -3,7 +3,10 @@
 import argparse
 import contextvars
 import dataclasses
+import functools
+import importlib
 import json
+import operator
 import os
 import sys
 import time
@@ -14,44 +17,55 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from tyro.conf import Positional, arg, subcommand
+from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
 from djax import interrupt
 from djax.errors import DjaxError, OptionError, PromptError
 from djax.files import decode
+from djax.options import FIELDS, describe, is_repeated, list_types
+
+PRESET = """A published way to decode, whose values then are the defaults of the options below (with --help: shown there):
+llada, fast_dllm_prefix, fast_dllm_dual, dinfer_vicinity, dinfer_credit or dinfer_hierarchy."""
+# Options that are no part of how an answer is decoded: commands have them, or what needs them, of their own.
+APART = ("trace", "max_batch")
+# Options that are given as text, which is read by the registry of this name in djax.
+PLUGS = {"decoder": "decoding.DECODERS", "cache": "caching.CACHES", "smoothing": "smoothing.SMOOTHINGS"}
+
+
+def describe_flag(option: str) -> str:
+    """The documentation of an option of `djax.generate`, as a sentence."""
+    text = describe(option)
+    return text[0].upper() + text[1:]
+
+
+def _spell(option: str, value: Any) -> Any:
+    """An option's value as the command line has it."""
+    if option in PLUGS:
+        return "none" if value is None else repr(value)
+    return tuple(value or ()) if is_repeated(option) else value
+
+
+def _make_flag(option: str) -> tuple[str, Any, Any]:
+    """An option of `djax.generate` as one of a command: name, type and default."""
+    kind: Any = functools.reduce(operator.or_, list_types(option))
+    described = arg(help=describe_flag(option))
+    if option in PLUGS:
+        kind = Annotated[str, described]
+    elif is_repeated(option):
+        kind = Annotated[tuple[str, ...], described, UseAppendAction]
+    else:
+        kind = Annotated[kind, described]
+    return option, kind, dataclasses.field(default=_spell(option, FIELDS[option].default))
 
 
 @dataclasses.dataclass
-class Decoding:
+class Decoding(
+    dataclasses.make_dataclass(
+        "Fields",
+        [("preset", Annotated[str | None, arg(help=PRESET)], None), *(_make_flag(n) for n in FIELDS if n not in APART)],
+    )
+):
     """How an answer is decoded; the same names and defaults as `djax.generate`."""
-
-    preset: str | None = None
-    """A published way to decode, whose values then are the defaults of the options below (with --help: shown there): llada,
-    fast_dllm_prefix, fast_dllm_dual, dinfer_vicinity, dinfer_credit or dinfer_hierarchy."""
-    gen_length: int = 128
-    """Tokens of canvas after the prompt. The answer ends at the first end-of-text token."""
-    min_gen_length: int = 0
-    """Tokens an answer has at least."""
-    block_length: int = 32
-    """Blocks are filled one after another, each of this many positions."""
-    decoder: str = "Threshold(0.9)"
-    """Which tokens a forward accepts: 'Threshold(tau)' takes all whose confidence reaches tau (above 1: one token a
-    forward), 'Fixed(per_step)' the surest few, 'Fixed(steps=8)' a block in so many forwards, 'Hierarchy(high, low)' the
-    surest of each stretch of masks, 'Factor(f)' as many as are jointly sure, 'Entropy(theta)' the sharpest;
-    'Credit(Threshold(0.8))' trusts tokens proposed before, 'Edit(Threshold(0.95), tau=0.9)' also replaces accepted ones."""
-    cache: str = "none"
-    """What a forward runs: 'none' (the whole canvas), 'Prefix(every=None)' (from the block on), 'Dual(every=None)' (the
-    block), 'Vicinity(before=16, after=16, warmup=4, every=None)' (the block and its neighbours); for LLaDA2 'Block()'."""
-    smoothing: str = "none"
-    """'Smoothing(first, growth, last, threshold_decay)' feeds masked positions what the last forward expected there."""
-    temperature: float = 0.0
-    """0 takes the most likely token; above 0 it is drawn."""
-    seed: int = 0
-    """Seed of the draws."""
-    early_stop: bool = True
-    """Stop after the first block that holds an end-of-text token."""
-    align_blocks: bool = True
-    """Block borders at multiples of the block length (dInfer's start_block_align) rather than from the prompt's end."""
 
     @classmethod
     def of(cls, name: str | None) -> "Decoding":
@@ -59,19 +73,20 @@ class Decoding:
         from djax.presets import preset
 
         chosen = preset(name) if name is not None else {}
-        text = ("decoder", "cache", "smoothing")
-        return cls(name, **{k: repr(v) if k in text else v for k, v in chosen.items()})
+        return cls(name, **{option: _spell(option, value) for option, value in chosen.items()})
 
     def options(self) -> dict[str, Any]:
         """What to pass to `djax.generate`."""
-        from djax.caching import CACHES
-        from djax.decoding import DECODERS
         from djax.plugs import parse
-        from djax.smoothing import SMOOTHINGS
 
-        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(Decoding) if f.name != "preset"}
-        for name, registry in (("decoder", DECODERS), ("cache", CACHES), ("smoothing", SMOOTHINGS)):
-            options[name] = parse(options[name], registry, f"--{name}")
+        options = {name: getattr(self, name) for name in FIELDS if name not in APART}
+        for name in options:
+            if name in PLUGS:
+                module, registry = PLUGS[name].split(".")
+                found = getattr(importlib.import_module(f"djax.{module}"), registry)
+                options[name] = parse(options[name], found, f"--{name}")
+            elif is_repeated(name):
+                options[name] = tuple(typed(text, f"--{name}") for text in options[name]) or None
         return options
 
 
@@ -114,17 +129,16 @@ class Generate:
     devices: int = 1
     """Split the model over this many devices."""
     decoding: DecodingOptions = dataclasses.field(default_factory=start)
-    max_batch: int | None = None
-    """At most this many questions at once. Changes no answer."""
+    max_batch: Annotated[int | None, arg(help=describe_flag("max_batch"))] = FIELDS["max_batch"].default
     show: bool = False
     """Replay the decode in the terminal, each token coloured by the forward that accepted it."""
     html: Annotated[Path | None, arg(metavar="FILE")] = None
     """Write the decode as a page to step through, one file that needs no network."""
     json: bool = False
     """Print one JSON object a question instead of text, a line each: index (of the question's line, from 0), prompt, text,
-    tokens, prompt_tokens (how many), finish_reason ("stop" at the end of text, "length" where the canvas ended), seed,
-    forwards, refreshes, positions, tokens_per_forward. Questions decoded together share compile_seconds and decode_seconds:
-    the first of them has both, so that sums are right."""
+    tokens, prompt_tokens (how many), finish_reason ("stop" at the end of text or at a stop string, "length" where the canvas
+    ended), stopped_at (that stop string, or null), seed, forwards, refreshes, positions, tokens_per_forward. Questions decoded
+    together share compile_seconds and decode_seconds: the first of them has both, so that sums are right."""
     compile_cache: bool = True
     """Keep compiled programs in the user's cache directory, so that the next run starts at once."""
 
@@ -787,6 +801,7 @@ def as_json(questions: list[tuple[int, str]], answers: list[Any], seed: int) -> 
             "tokens": answer.tokens.tolist(),
             "prompt_tokens": answer.prompt_length,
             "finish_reason": answer.finish_reason,
+            "stopped_at": answer.stopped_at,
             "seed": seed,
             "forwards": answer.forwards,
             "refreshes": answer.refreshes,
@@ -800,16 +815,16 @@ def as_json(questions: list[tuple[int, str]], answers: list[Any], seed: int) -> 
         yield entry
 
 
-def typed(question: str) -> str:
-    """A question of the command line. Python decodes it by the locale; what a locale does not know is UTF-8 all the same."""
+def typed(text: str, name: str = "the question") -> str:
+    """Text of the command line. Python decodes it by the locale; what a locale does not know is UTF-8 all the same."""
     try:
-        question.encode()
+        text.encode()
     except UnicodeEncodeError:
         try:
-            return decode(os.fsencode(question))
+            return decode(os.fsencode(text))
         except UnicodeError as error:
-            raise PromptError(f"the question cannot be read as UTF-8 text: {error}") from error
-    return question
+            raise PromptError(f"{name} cannot be read as UTF-8 text: {error}") from error
+    return text
 
 
 def say(text: Any, end: str = "\n") -> None:

@@ -15,6 +15,7 @@ from djax.errors import BatchError, CanvasError, OptionError
 from djax.generate import Generation, Timing, ask, read_row, unfinished
 from djax.model import Model, computing, known_model
 from djax.native import kernels_wanted
+from djax.options import show_options
 from djax.process import with_own_settings
 from djax.program import BLOCK_FINISHED, NO_EVENT, ROW_ENDED, Request, join, run, start
 from djax.programs import PROGRAMS, kinds
@@ -29,7 +30,8 @@ class Engine:
 
     model, options: as for `djax.generate`; the options are the defaults of `join`. What is static (block_length, the kinds of
     decoder, cache and smoothing and their static fields, trace) holds for every row, all numbers may differ by row.
-    draws: whether rows may have a temperature above 0; without, no noise is made for those at 0.
+    draws: whether rows may have a temperature above 0; without, no noise is made for those at 0. truncates: whether they may
+    have top_p and top_k; without, nothing is sorted for those that cut nothing.
 
     Invariant: a row gets the canvas, forwards and refreshes that `djax.generate` gives it alone (float32, ties apart), whenever
     it joins and whoever else is there. Joining, running and leaving compile nothing after the first time. Methods may be called
@@ -37,7 +39,17 @@ class Engine:
     """
 
     @with_own_settings
-    def __init__(self, model: Model, *, rows: int = 4, canvas: int = 256, draws: bool = True, **options: Any) -> None:
+    @show_options()
+    def __init__(
+        self,
+        model: Model,
+        *,
+        rows: int = 4,
+        canvas: int = 256,
+        draws: bool = True,
+        truncates: bool = False,
+        **options: Any,
+    ) -> None:
         known_model(model)
         if model.mesh is not None:
             raise OptionError("Engine: expected a model on one device, this one lies on a mesh; load it without one")
@@ -51,7 +63,8 @@ class Engine:
         wide = options | {"gen_length": canvas - 1, "min_gen_length": 0}
         asked = ask(model, np.full((1, 1), token), wide, "Engine")
         sampled = boolean(draws, "draws") or asked.sampled
-        asked = dataclasses.replace(asked, sampled=sampled)
+        truncated = boolean(truncates, "truncates") or asked.truncated
+        asked = dataclasses.replace(asked, sampled=sampled, truncated=truncated)
         self._model, self._options, self._asked = model, options, asked
         self._spec, self._length = asked.spec(model, asked.asks[0]), asked.asks[0].tokens.shape[1]
         # Nobody is there yet: an empty canvas in every slot, under the numbers of the defaults.
@@ -61,7 +74,7 @@ class Engine:
         empty = empty._replace(numbers=numbers)
         check_memory(model, empty, asked.plugs, self._spec.block)
         self._lock, self._broken = threading.RLock(), False
-        self._waiting: dict[int, Request] = {}
+        self._waiting: dict[int, tuple[Request, tuple[str, ...]]] = {}
         self._rows = rows
         enable_cache()
         self._carry = self._call("start", start, empty)
@@ -73,6 +86,7 @@ class Engine:
             return [b for b in range(self._rows) if b not in self._waiting]
 
     @with_own_settings
+    @show_options()
     def join(self, prompt: Any, **options: Any) -> int:
         """Put one prompt into a free slot, whose number is returned. Takes the options of `djax.generate`.
 
@@ -93,7 +107,7 @@ class Engine:
                 raise BatchError(f"Engine: all {self._rows} slots are taken; run until a row ends, or make more rows")
             b = self.free[0]
             self._carry = self._call("join", join, self._carry, request, jnp.int32(b), donate=True)
-            self._waiting[b] = request
+            self._waiting[b] = request, asked.stops[0][0]
         return b
 
     def _check(self, asked: Asked, request: Request) -> None:
@@ -102,6 +116,8 @@ class Engine:
             raise CanvasError(f"prompt and gen_length: {total} positions, the engine's canvas has {self._length}")
         if asked.sampled and not ours.sampled:
             raise OptionError("temperature: expected 0 in an engine that was made with draws=False")
+        if asked.truncated and not self._asked.truncated:
+            raise OptionError("top_p, top_k: expected 1.0 and 0 in an engine that was made with truncates=False")
         shapes = [[(n.shape[1:], n.dtype) for n in numbers] for numbers in (request.numbers, self._asked.asks[0].numbers)]
         for name, one, other in (
             ("block_length", asked.block_length, self._asked.block_length),
@@ -127,19 +143,21 @@ class Engine:
             self._carry = self._call("run", run, self._carry, jnp.int32(turns), jnp.int32(EVENTS[until]), donate=True)
             rows = self._carry.rows
             active, spent = (np.asarray(a) for a in (rows.active, rows.iteration >= self._carry.asks.cap))
-            ended = {b: request for b, request in self._waiting.items() if not active[b] or spent[b]}
+            ended = {b: waiting for b, waiting in self._waiting.items() if not active[b] or spent[b]}
             if not ended:
                 return {}
             host = jax.device_get(rows._replace(decoder=(), soft=()))
             stuck = [b for b in ended if active[b]]
             leaving = {b: ended[b] for b in stuck} if stuck else ended
             try:
-                found = {b: read_row(self._model, host, b, request, 0, _NO_TIME) for b, request in leaving.items()}
+                found = {
+                    b: read_row(self._model, host, b, request, 0, _NO_TIME, stops) for b, (request, stops) in leaving.items()
+                }
             finally:
                 for b in leaving:
                     del self._waiting[b]
         if stuck:
-            raise unfinished(stuck, found, max(int(request.cap[0]) for request in leaving.values()), self._asked)
+            raise unfinished(stuck, found, max(int(request.cap[0]) for request, _ in leaving.values()), self._asked)
         return found
 
     @with_own_settings
@@ -148,7 +166,7 @@ class Engine:
         with self._lock:
             if b not in self._waiting:
                 raise OptionError(f"b: expected a slot that a prompt has joined, {sorted(self._waiting)}, got {show(b)}")
-            return np.asarray(self._carry.rows.tokens)[b, : int(self._waiting[b].total[0])]
+            return np.asarray(self._carry.rows.tokens)[b, : int(self._waiting[b][0].total[0])]
 
     def _call(self, name: str, function: Any, *arguments: Any, donate: bool = False) -> Any:
         """Run one of the three programs, compiled once for the shapes of its arguments."""

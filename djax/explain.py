@@ -11,6 +11,7 @@ from djax.decoding.contract import Tick
 from djax.errors import OptionError
 from djax.generate import ask
 from djax.model import Model
+from djax.options import show_options
 from djax.process import with_own_settings
 from djax.program import Request, frame_windows
 from djax.request import Asked, carried_bytes, refuse_lists
@@ -64,6 +65,7 @@ class Explanation:
 
 
 @with_own_settings
+@show_options()
 def explain(model: Model, prompts: Any, **options: Any) -> Explanation | list[Explanation]:
     """What `djax.generate(model, prompts, **options)` would do, one `Explanation` a prompt. Compiles and runs no model.
 

@@ -1,7 +1,6 @@
 """The public `generate`: have what is asked checked and laid out, compile and run the one program, read the answers."""
 
 import dataclasses
-import inspect
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -10,20 +9,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from djax import text
-from djax.caching.contract import Policy
+from djax import stop, text
 from djax.compilation import enable_cache
-from djax.decoding import Threshold
-from djax.decoding.contract import Decoder
 from djax.errors import TripCapError
 from djax.model import Model, computing
 from djax.native import kernels_wanted
+from djax.options import make_options, show_options
 from djax.process import with_own_settings
 from djax.program import Request, Rows, decode
 from djax.programs import PROGRAMS, kinds
 from djax.request import Asked, does_not_fit, prepare
 from djax.sharding import over_rows
-from djax.smoothing import Smoothing
 from djax.trace import Trace
 
 
@@ -39,9 +35,9 @@ class Timing:
 class Generation:
     """One answer.
 
-    text:      the decoded tokens; None if the model has no tokenizer.
-    tokens:    int32 `[n]`, generated ids up to, not including, the first EOS (any of the checkpoint's). Prompt tokens never
-               count.
+    text:      the decoded tokens, up to the first stop string; None if the model has no tokenizer.
+    tokens:    int32 `[n]`, generated ids up to, not including, the first EOS (any of the checkpoint's); with a stop string,
+               the most of them whose text lies before it. Prompt tokens never count.
     canvas:    int32 `[P + gen_length]`, the sequence as the program left it; after an early stop the rest is EOS, the first
                that the checkpoint names.
     prompt_length: P, where the generated part of the canvas begins.
@@ -50,6 +46,8 @@ class Generation:
     positions: canvas positions those forwards ran, all together (token instances): what a forward costs, where the cost
                grows with its width.
     trace:     what each forward proposed and accepted; None unless asked for.
+    stopped_at: the stop string that ended the text; None if none did. Canvas, counts and trace are the whole row's all the
+               same.
     """
 
     text: str | None
@@ -61,6 +59,7 @@ class Generation:
     positions: int
     timing: Timing
     trace: Trace | None = None
+    stopped_at: str | None = None
 
     @property
     def tokens_per_forward(self) -> float:
@@ -68,86 +67,42 @@ class Generation:
 
     @property
     def finish_reason(self) -> str:
-        """ "stop" if the answer ended at an EOS, "length" if it is as long as the canvas allows.
+        """ "stop" if the answer ended at an EOS or at a stop string, "length" if it is as long as the canvas allows.
 
         Says nothing of an answer that still holds masks, which only a `TripCapError` has.
         """
-        return "stop" if len(self.tokens) < len(self.canvas) - self.prompt_length else "length"
+        stopped = self.stopped_at is not None
+        return "stop" if stopped or len(self.tokens) < len(self.canvas) - self.prompt_length else "length"
 
 
 @with_own_settings
-def generate(
-    model: Model,
-    prompts: Any,
-    *,
-    gen_length: int | Sequence[int] = 128,
-    min_gen_length: int | Sequence[int] = 0,
-    block_length: int = 32,
-    decoder: Decoder | Sequence[Decoder] = Threshold(),  # noqa: B008  (frozen, so one default for all calls is one value)
-    cache: Policy | Sequence[Policy] | None = None,
-    smoothing: Smoothing | Sequence[Smoothing] | None = None,
-    temperature: float | Sequence[float] = 0.0,
-    seed: int | Sequence[int] = 0,
-    early_stop: bool | Sequence[bool] = True,
-    align_blocks: bool = True,
-    trace: bool = False,
-    max_batch: int | None = None,
-) -> Generation | list[Generation]:
+@show_options()
+def generate(model: Model, prompts: Any, **options: Any) -> Generation | list[Generation]:
     """Answer one prompt or many; see `text.encode` for the forms of `prompts`. One prompt gives one `Generation`.
 
-    gen_length:   tokens of canvas after the prompt, one number or one a prompt: no answer is longer. It ends at the
-                  first EOS.
-    min_gen_length: no answer is shorter: EOS is not proposed before. One number or one a prompt.
-    block_length: blocks are filled one after another, each of this many positions.
-    decoder:      which tokens a forward accepts: `djax.Threshold`, `Fixed`, `Credit`, `Hierarchy`, `Factor`, `Entropy`;
-                  `Edit` also replaces them.
-    cache:        what a forward runs: None (the whole canvas), `djax.Prefix`, `Dual` or `Vicinity`; `Block` for LLaDA2.
-    smoothing:    None, or `djax.Smoothing`: feed masked positions what the last forward expected there.
-    temperature:  0 takes the most likely token; above, Gumbel noise from the seed is added to choose it.
-    seed:         one for all prompts, or one a prompt. A row draws the noise it would draw alone, whatever its place in
-                  the batch: equal prompts with one seed give equal answers.
-    early_stop:   end a row after the first block with an EOS; otherwise fill its whole canvas.
-    align_blocks: block borders at multiples of block_length from the canvas' start (dInfer's start_block_align), so the
-                  first block may begin inside the prompt; otherwise at the prompt's end.
-    trace:        record every forward in `Generation.trace`. Changes neither tokens nor counts.
-    max_batch:    at most this many prompts a program; more are decoded in groups. Changes no answer.
+    {options}
 
-    decoder, cache, smoothing, temperature and early_stop may also be lists with one for each prompt: numbers may differ, kinds
-    and static fields may not.
+    {lists}
+    Of decoder, cache and smoothing the numbers may differ, kinds and static fields may not. One list of stop strings holds for
+    all prompts; a list whose entries are lists, tuples or None has one entry for each prompt.
 
     Law: each row gets the canvas, forwards and refreshes it gets alone (float32, ties apart), whatever the batch.
     Raises `OptionError`, `PromptError`, `CanvasError` or `BatchError` before anything compiles, `TripCapError` if a
-    decoder breaks its law of progress.
+    decoder breaks its law of progress, `TypeError` for an option that does not exist.
     """
-    asked = prepare(
-        *(model, prompts),
-        gen_length=gen_length,
-        min_gen_length=min_gen_length,
-        block_length=block_length,
-        decoder=decoder,
-        cache=cache,
-        smoothing=smoothing,
-        temperature=temperature,
-        seed=seed,
-        early_stop=early_stop,
-        align_blocks=align_blocks,
-        trace=trace,
-        max_batch=max_batch,
-    )
+    asked = ask(model, prompts, options, "generate")
     enable_cache()
-    out = [generation for ask in asked.asks for generation in _run(model, asked, ask)]
+    groups = zip(asked.asks, asked.stops, strict=True)
+    out = [generation for ask, stops in groups for generation in _run(model, asked, ask, stops)]
     return out[0] if asked.single else out
 
 
-def ask(model: Model, prompts: Any, options: dict[str, Any], caller: str) -> Asked:
+def ask(model: Model, prompts: Any, options: Mapping[str, Any], caller: str) -> Asked:
     """What `generate(model, prompts, **options)` would be asked, checked, for functions that take its options.
 
     Raises `TypeError`, naming the caller, for an option that `generate` does not have, and `generate`'s errors.
     """
-    known = {p.name: p.default for p in inspect.signature(generate).parameters.values() if p.kind is p.KEYWORD_ONLY}
-    if unknown := set(options) - set(known):
-        raise TypeError(f"{caller}() got unexpected options {sorted(unknown)}; those of djax.generate are {sorted(known)}")
-    return prepare(model, prompts, **(known | options))
+    return prepare(model, prompts, make_options(options, caller))
 
 
 def compiled(model: Model, asked: Asked, ask: Request) -> tuple[Any, float]:
@@ -166,7 +121,7 @@ def compiled(model: Model, asked: Asked, ask: Request) -> tuple[Any, float]:
     return PROGRAMS.get(key, compile_program)
 
 
-def _run(model: Model, asked: Asked, ask: Request) -> list[Generation]:
+def _run(model: Model, asked: Asked, ask: Request, stops: Sequence[tuple[str, ...]]) -> list[Generation]:
     try:
         program, compiling = compiled(model, asked, ask)
         began = time.perf_counter()
@@ -178,9 +133,9 @@ def _run(model: Model, asked: Asked, ask: Request) -> list[Generation]:
     timing = Timing(compile=compiling, decode=time.perf_counter() - began)
     if rows.active.any() and not asked.traced:
         # The same tokens once more, so that the error can show how they came.
-        return _run(model, dataclasses.replace(asked, traced=True), ask)
+        return _run(model, dataclasses.replace(asked, traced=True), ask, stops)
     places = {b: (ask, b) for b in range(len(ask.prompt)) if ask.total[b]}
-    generations = {b: read_row(model, rows, b, *place, timing) for b, place in places.items()}
+    generations = {b: read_row(model, rows, b, *place, timing, stops[b]) for b, place in places.items()}
     if rows.active.any():
         raise unfinished(np.flatnonzero(rows.active).tolist(), generations, ask.cap[rows.active].max(), asked)
     return list(generations.values())
@@ -196,15 +151,20 @@ def unfinished(rows: list[int], generations: Mapping[int, Generation], turns: in
     )
 
 
-def read_row(model: Model, rows: Rows, b: int, ask: Request, asked_at: int, timing: Timing) -> Generation:
-    """The answer in row b of the rows (on the host), whose request is row `asked_at` of `ask`."""
+def read_row(model: Model, rows: Rows, b: int, ask: Request, asked_at: int, timing: Timing, stops: Sequence[str]) -> Generation:
+    """The answer in row b of the rows (on the host), whose request is row `asked_at` of `ask`, up to the first of `stops`."""
     prompt, total = int(ask.prompt[asked_at]), int(ask.total[asked_at])
     canvas = rows.tokens[b, :total]
     answer = canvas[prompt:]
     ends = np.flatnonzero(np.isin(answer, (*model.config.eos_ids, model.config.mask_id)))
     answer = answer[: ends[0]] if ends.size else answer
+    said = None if rows.active[b] else text.decode(model.tokenizer, answer)
+    found = None if said is None else stop.find(said, stops)
+    if found is not None:
+        said = said[: found[0]]
+        answer = answer[: stop.count_before(partial(text.decode, model.tokenizer), answer, said)]
     return Generation(
-        text=None if rows.active[b] else text.decode(model.tokenizer, answer),
+        text=said,
         tokens=answer,
         canvas=canvas,
         prompt_length=prompt,
@@ -213,4 +173,5 @@ def read_row(model: Model, rows: Rows, b: int, ask: Request, asked_at: int, timi
         positions=int(rows.positions[b]),
         timing=timing,
         trace=rows.trace.row(b, total, rows.forwards[b]) if rows.trace else None,
+        stopped_at=None if found is None else found[1],
     )

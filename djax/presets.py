@@ -6,6 +6,7 @@ from typing import Any
 
 from djax.checks import plain_text, show
 from djax.errors import OptionError
+from djax.options import make_options
 
 
 def presets() -> list[str]:
@@ -23,4 +24,6 @@ def preset(name: str) -> dict[str, Any]:
     plain = plain_text(name)
     if plain not in presets():
         raise OptionError(f"preset: unknown {show(name)}; there are: {', '.join(presets())}")
-    return dict(importlib.import_module(f"djax.configs.presets.{plain}").PRESET)
+    chosen = dict(importlib.import_module(f"djax.configs.presets.{plain}").PRESET)
+    make_options(chosen, f"djax.configs.presets.{plain}")  # a preset has no option that does not exist
+    return chosen

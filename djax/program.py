@@ -43,6 +43,8 @@ class Request(NamedTuple):
     start       int32 `[B]`, where the first block starts.
     seed        uint32 `[B]`.
     temperature float32 `[B]`.
+    top_p       float32 `[B]`, 1 cuts nothing. () in the carry of a program that cuts nothing, as is top_k.
+    top_k       int32 `[B]`, 0 cuts nothing.
     early_stop  bool `[B]`.
     cap         int32 `[B]`, the turns after which a row that still has masks is given up.
     numbers     the leaves of the plugs in the order of `Spec.plugs`, each with leading axis B.
@@ -55,6 +57,8 @@ class Request(NamedTuple):
     start: jax.Array
     seed: jax.Array
     temperature: jax.Array
+    top_p: jax.Array
+    top_k: jax.Array
     early_stop: jax.Array
     cap: jax.Array
     numbers: tuple[jax.Array, ...]
@@ -65,7 +69,8 @@ class Spec:
     """What is static to a program. Equal ones share it, and a carry belongs to the spec it was started with.
 
     family, config: of the model. block: S. sampled: decoders get a random key. traced: every forward is recorded.
-    plugs: the tree of decoder, policy and smoothing, without their numbers. kinds: their classes.
+    plugs: the tree of decoder, policy and smoothing, without their numbers. kinds: their classes. truncated: rows may draw from
+    fewer than all tokens.
     """
 
     family: Family
@@ -75,6 +80,7 @@ class Spec:
     traced: bool
     plugs: Any
     kinds: tuple
+    truncated: bool = False
 
     def build(self, numbers: Any) -> Plugs:
         """Decoder, policy and smoothing with these numbers."""
@@ -232,7 +238,9 @@ def start(params: Any, ask: Request, *, spec: Spec) -> Carry:
         soft=() if smoothing is None else spec.family.embed(params, spec.config, ask.tokens),
     )
     cache = spec.family.empty_cache(params, spec.config, batch, length + beyond) if policy.keeps else ()
-    return Carry(rows, ask._replace(tokens=()), cache)
+    ask = ask._replace(tokens=())
+    # What nothing reads is not carried.
+    return Carry(rows, ask if spec.truncated else ask._replace(top_p=(), top_k=()), cache)
 
 
 def _as_it_stands(tokens: jax.Array, start: jax.Array, drafts: int, block: int) -> jax.Array:
@@ -550,8 +558,8 @@ class _Loop:
             key = jax.random.fold_in(make_key(ask.seed), tick.forward) if spec.sampled else None
             logits, tokens, may_write, at, floor, drafts, read = looked
             decoder = NotBefore(spec.build(ask.numbers)[0], ask.least, self.config.eos_ids)
-            seen = Look(logits, tokens, may_write, at, tick, mask_id, floor, ask.temperature, key, drafts, read)
-            return decoder.step(state, seen)
+            look = Look(logits, tokens, may_write, at, tick, mask_id, floor, ask.temperature, key, drafts=drafts, read=read)
+            return decoder.step(state, look._replace(top_p=ask.top_p, top_k=ask.top_k) if spec.truncated else look)
 
         ticks = _ticks(rows, smoothing is not None)
         drafts = rows.drafts if self.decoder.drafts else None

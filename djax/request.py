@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from djax import text
+from djax import stop, text
 from djax.caching import CACHES, Uncached
 from djax.caching.contract import TO_THE_END, Plan, Policy
 from djax.checks import INT32_MAX, boolean, plug, reading, real_number, show, type_name, whole_number, whole_numbers
@@ -16,6 +16,7 @@ from djax.decoding import DECODERS
 from djax.decoding.contract import Decoder, Look, Tick, Verdict
 from djax.errors import BatchError, CanvasError, OptionError
 from djax.model import Model, device_memory, known_model
+from djax.options import Options
 from djax.plugs import spelled
 from djax.process import make_key
 from djax.program import Plugs, Request, Spec
@@ -31,13 +32,17 @@ MOST_DRAFTS = 256
 class Asked:
     """A checked call: one request a group of prompts, the plugs, and what is static to their programs.
 
-    sampled: decoders get a random key. traced: every forward is recorded. single: the user gave one prompt and no list.
+    stops: the stop strings of each group's prompts. sampled: decoders get a random key. truncated: some prompt cuts what it
+    draws from (top_p, top_k), which matters where something is drawn. traced: every forward is recorded. single: the user gave
+    one prompt and no list.
     """
 
     asks: list[Request]
+    stops: list[list[tuple[str, ...]]]
     plugs: Plugs
     block_length: int
     sampled: bool
+    truncated: bool
     traced: bool
     single: bool
 
@@ -48,50 +53,41 @@ class Asked:
     def spec(self, model: Model, ask: Request) -> Spec:
         """What is static to the program of a request."""
         plugs, kinds = jax.tree.structure(self.plugs), tuple(map(classes, self.plugs))
-        return Spec(model.family, model.config, self.block(ask), self.sampled, self.traced, plugs, kinds)
+        truncated = self.sampled and self.truncated
+        return Spec(model.family, model.config, self.block(ask), self.sampled, self.traced, plugs, kinds, truncated)
 
 
-def prepare(
-    model: Model,
-    prompts: Any,
-    *,
-    gen_length: Any,
-    min_gen_length: Any,
-    block_length: Any,
-    decoder: Any,
-    cache: Any,
-    smoothing: Any,
-    temperature: Any,
-    seed: Any,
-    early_stop: Any,
-    align_blocks: Any,
-    trace: Any,
-    max_batch: Any,
-) -> Asked:
+def prepare(model: Model, prompts: Any, options: Options) -> Asked:
     """Check the arguments of `djax.generate`, whose docstring has their meaning, and lay its prompts out. Compiles nothing.
 
     Raises `OptionError`, `PromptError`, `CanvasError` or `BatchError`.
     """
     known_model(model)
-    block_length = whole_number(block_length, "block_length", at_least=1)
-    align_blocks, trace = boolean(align_blocks, "align_blocks"), boolean(trace, "trace")
+    block_length = whole_number(options.block_length, "block_length", at_least=1)
+    align_blocks, trace = boolean(options.align_blocks, "align_blocks"), boolean(options.trace, "trace")
     if model.block_causal and not align_blocks:
         raise OptionError(
             "align_blocks: expected True, since this family's blocks are counted from the canvas' start; got False"
         )
     ids, single = text.encode(model.tokenizer, prompts, model.config.vocab, model.config.mask_id, model.pad_ids)
     count = len(ids)
-    seeds = whole_numbers(seed, "seed", count, at_least=0, at_most=2**32 - 1)
-    lengths = whole_numbers(gen_length, "gen_length", count, at_least=1)
-    least = whole_numbers(min_gen_length, "min_gen_length", count, at_least=0)
-    heats = [real_number(one, "temperature", at_least=0.0) for one in _one_each(temperature, "temperature", count)]
-    stops = [boolean(one, "early_stop") for one in _one_each(early_stop, "early_stop", count)]
-    plugs, each = _plugs_each(model, decoder, cache, smoothing, count)
+    seeds = whole_numbers(options.seed, "seed", count, at_least=0, at_most=2**32 - 1)
+    lengths = whole_numbers(options.gen_length, "gen_length", count, at_least=1)
+    least = whole_numbers(options.min_gen_length, "min_gen_length", count, at_least=0)
+    heats = [real_number(one, "temperature", at_least=0.0) for one in _one_each(options.temperature, "temperature", count)]
+    top_p = [real_number(one, "top_p", above=0.0, at_most=1.0) for one in _one_each(options.top_p, "top_p", count)]
+    top_k = whole_numbers(options.top_k, "top_k", count, at_least=0)
+    early = [boolean(one, "early_stop") for one in _one_each(options.early_stop, "early_stop", count)]
+    stops = stop.read(options.stop, count)
+    if any(stops) and model.tokenizer is None:
+        raise OptionError(f"stop: expected None, since this checkpoint has no tokenizer and no text; got {show(options.stop)}")
+    plugs, each = _plugs_each(model, options.decoder, options.cache, options.smoothing, count)
     for i, prompt in enumerate(ids):
         if model.block_causal:
             lengths[i] += -(len(prompt) + lengths[i]) % block_length
         _check_canvas(model, f"prompt {i}", len(prompt), lengths[i], least[i], plugs[1])
-    group = count if max_batch is None else min(count, whole_number(max_batch, "max_batch", at_least=1))
+    most = options.max_batch
+    group = count if most is None else min(count, whole_number(most, "max_batch", at_least=1))
     asks = [
         request(
             *(ids[i : i + group], seeds[i : i + group], model.config),
@@ -100,14 +96,18 @@ def prepare(
             min_gen_length=least[i : i + group],
             block=block_length,
             temperature=heats[i : i + group],
-            early_stop=stops[i : i + group],
+            top_p=top_p[i : i + group],
+            top_k=top_k[i : i + group],
+            early_stop=early[i : i + group],
             align_blocks=align_blocks,
             plugs=each[i : i + group],
         )
         for i in range(0, count, group)
     ]
-    asked = Asked(asks, plugs, block_length, max(heats) > 0 or plugs[0].draws, trace, single)
-    _try_plugs(model, asks[0], plugs, asked.block(asks[0]), asked.sampled)
+    sampled, truncated = max(heats) > 0 or plugs[0].draws, min(map(np.float32, top_p)) < 1 or max(top_k) > 0
+    stops = [stops[i : i + group] for i in range(0, count, group)]
+    asked = Asked(asks, stops, plugs, block_length, sampled, bool(truncated), trace, single)
+    _try_plugs(model, asks[0], plugs, asked.block(asks[0]), sampled)
     for ask in asks:
         check_memory(model, ask, plugs, asked.block(ask))
     return asked
@@ -239,7 +239,7 @@ def _try_plugs(model: Model, ask: Request, plugs: Plugs, block: int, sampled: bo
     several = (decoder.drafts,) if decoder.drafts else ()
     logits = jax.ShapeDtypeStruct((*several, block, vocab), jnp.float32)
     drafts = (jax.ShapeDtypeStruct((*several, block), jnp.int32), whole) if several else (None, None)
-    look = Look(logits, tokens, where, tokens, tick, whole, real, real, None, *drafts)
+    look = Look(logits, tokens, where, tokens, tick, whole, real, real, None, drafts=drafts[0], read=drafts[1])
 
     def step(decoder: Any, look: Look, seed: Any) -> tuple:
         state = decoder.init(block, vocab)
@@ -330,6 +330,8 @@ def request(
     min_gen_length: Sequence[int],
     block: int,
     temperature: Sequence[float],
+    top_p: Sequence[float],
+    top_k: Sequence[int],
     early_stop: Sequence[bool],
     align_blocks: bool,
     plugs: Sequence[Plugs],
@@ -351,6 +353,8 @@ def request(
         start=start,
         seed=np.array([*seeds, *empty], np.uint32),
         temperature=np.array([*temperature, *empty], np.float32),
+        top_p=np.array([*top_p, *[1.0] * len(empty)], np.float32),
+        top_k=np.array([*top_k, *empty], np.int32),
         early_stop=np.array([*early_stop, *empty], bool),
         # Every turn of an unfinished row writes a token, or is one of its block's post-steps.
         cap=total - prompt + -(-(total - start) // block) * np.int32(plugs[0][0].post_steps),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import inspect
 import re
 import sys
 from functools import partial
@@ -266,8 +265,7 @@ def test_a_sweep_of_thresholds_over_prompts_compiles_once(moe_b):
 
 
 def asking(model, prompts, **options):
-    defaults = {n: p.default for n, p in inspect.signature(djax.generate).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    return prepare(model, prompts, **(defaults | EVERYTHING | options))
+    return prepare(model, prompts, djax.Options(**(EVERYTHING | options)))
 
 
 def hlo(model, cache):

@@ -59,6 +59,8 @@ class Look(NamedTuple):
     floor:   float32 scalar, a threshold that comparing decoders do not go below (smoothing's ramp); -inf without smoothing.
     temperature: float32 scalar.
     key:     the row's random key; None in a program that draws nothing.
+    top_p:   float32 scalar, 1 cuts nothing; top_k: int32 scalar, 0 cuts nothing. None in a program that always draws from all
+             tokens.
     drafts:  int32 `[D, S]`, what the network read; None without drafts.
     read:    int32 scalar, how many of them it read, the first ones: 1 where the whole canvas refilled a cache; None without.
     """
@@ -72,6 +74,8 @@ class Look(NamedTuple):
     floor: jax.Array
     temperature: jax.Array
     key: jax.Array | None
+    top_p: jax.Array | None = None
+    top_k: jax.Array | None = None
     drafts: jax.Array | None = None
     read: jax.Array | None = None
 
@@ -171,11 +175,12 @@ def check_inner(decoder: Any) -> None:
 def candidates(look: Look) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The token each position proposes, int32 `[S]`; its confidence, float32; and whether it is a candidate, bool.
 
-    The token is the argmax of the logits, with Gumbel noise scaled by the temperature if there is a key; the confidence
-    is its probability under the logits without noise (LLaDA, arXiv 2502.09992; dInfer). A masked position that proposes
-    the mask id is no candidate. If a row has masks but no candidate, the mask id is struck from its logits, so that the
-    row still goes on; dInfer loops forever there. Ties go to the lower token id. Where the logits are not finite nothing
-    is a candidate: such a model ends at the cap on turns with an error, not with an answer.
+    The token is the argmax of the logits, with Gumbel noise scaled by the temperature if there is a key, among those that
+    `keep_likeliest` leaves; the confidence is its probability under all logits without noise (LLaDA, arXiv 2502.09992; dInfer).
+    A masked position that proposes the mask id, which nothing cuts, is no candidate. If a row has masks but no candidate,
+    the mask id is struck from its logits, so that the row still goes on; dInfer loops forever there. Ties go to the lower
+    token id. Where the logits are not finite nothing is a candidate: such a model ends at the cap on turns with an error,
+    not with an answer.
     """
     logits, masked, mask_id = look.logits, look.masked, look.mask_id
     if look.key is None:
@@ -183,7 +188,10 @@ def candidates(look: Look) -> tuple[jax.Array, jax.Array, jax.Array]:
         other, highest, of_mask_id, _ = found
     else:
         noise = jax.random.gumbel(look.key, logits.shape, logits.dtype, mode="low")
-        other, highest, of_mask_id = _two_best(logits + look.temperature * noise, mask_id)
+        noisy = logits + look.temperature * noise
+        if look.top_p is not None and look.top_k is not None:
+            noisy = jnp.where(keep_likeliest(logits, mask_id, look.temperature, look.top_p, look.top_k), noisy, -jnp.inf)
+        other, highest, of_mask_id = _two_best(noisy, mask_id)
     is_mask = (of_mask_id > highest) | ((of_mask_id == highest) & (mask_id < other))
     candidate = masked & ~is_mask
     stuck = ~jnp.any(candidate)
@@ -195,6 +203,32 @@ def candidates(look: Look) -> tuple[jax.Array, jax.Array, jax.Array]:
     else:
         confidence = probability(logits, tokens, mask_id)
     return tokens, confidence, (candidate | (masked & stuck)) & ~jnp.isnan(confidence)
+
+
+def keep_likeliest(
+    logits: jax.Array, mask_id: jax.Array, temperature: jax.Array, top_p: jax.Array, top_k: jax.Array
+) -> jax.Array:
+    """The tokens that may be drawn, bool `[S, V]` for logits `[S, V]`; always the likeliest one, and the mask id.
+
+    Of softmax(logits / temperature) without the mask id: the top_k likeliest (0: all), with what ties with the last of them,
+    as in HF; of their softmax the fewest, lower ids first on ties, whose mass reaches top_p (1: all).
+    """
+    positions, vocab = logits.shape
+    ids = jnp.arange(vocab, dtype=jnp.int32)[None, :]
+    is_mask_id = ids == mask_id
+    # By rank and not by comparing with the last logit left: XLA may compute the logits anew, rounded differently (`best`).
+    falling = jnp.where(is_mask_id, jnp.inf, -logits)
+    falling, order = jax.lax.sort((falling, jnp.broadcast_to(ids, logits.shape)), num_keys=1, is_stable=True)
+    last = jnp.clip(jnp.where(top_k > 0, top_k, vocab) - 1, 0, vocab - 1)
+    inside = falling <= jax.lax.dynamic_slice_in_dim(falling, last, 1, axis=1)
+    heat = jnp.where(temperature > 0, temperature, 1)
+    mass = jnp.where(inside, jnp.exp((falling[:, :1] - falling) / heat), 0)
+    before = jnp.cumsum(mass, axis=1) - mass
+    # What rounding leaves of the mass must not matter where nothing is cut.
+    inside &= (before < top_p * jnp.sum(mass, axis=1, keepdims=True)) | (top_p >= 1)
+    inside |= ids == 0  # the likeliest, also where the logits are not finite
+    rows = jnp.arange(positions)[:, None]
+    return jnp.zeros(logits.shape, bool).at[rows, order].set(inside, unique_indices=True) | is_mask_id
 
 
 class Peaks(NamedTuple):

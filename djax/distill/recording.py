@@ -13,6 +13,7 @@ from djax.distill.store import Problem, Store, Trajectory
 from djax.errors import OptionError, TraceError
 from djax.generate import Generation, generate
 from djax.model import Model
+from djax.options import make_options, show_options
 from djax.process import with_own_settings
 
 # Trajectories a file, as many as are lost when a recording is killed.
@@ -20,6 +21,7 @@ PART = 500
 
 
 @with_own_settings
+@show_options(without=("trace",))
 def record(
     model: Model,
     problems: Sequence[Problem],
@@ -40,12 +42,13 @@ def record(
     `progress` is called with the number of trajectories that are there. Raises `OptionError`, `TraceError` (another model's or
     other settings' store; disk full), and `generate`'s errors.
     """
+    given = make_options(options, "record")
     whole_number(samples, "samples", at_least=1)
     whole_number(max_batch, "max_batch", at_least=1)
     _plain(problems)
     if not problems:
         raise OptionError("problems: expected at least one, got none")
-    if samples > 1 and not options.get("temperature", 0.0) > 0:
+    if samples > 1 and not given.temperature > 0:
         raise OptionError(f"samples: expected 1, since all {samples} would be alike at temperature 0; pass a temperature")
     if wrong := {"trace", "seed"} & set(options):
         raise OptionError(f"{', '.join(sorted(wrong))}: not for a recording, which sets it itself")

@@ -22,6 +22,7 @@ from djax.errors import OptionError, TraceError
 from djax.files import expand_home, parse_json, read_text, write
 from djax.generate import generate
 from djax.model import Model
+from djax.options import show_options
 from djax.process import with_own_settings
 from djax.training import problems as word_problems
 from djax.training.evaluate import Report, answered, report
@@ -92,6 +93,7 @@ def generated(problems: Sequence[word_problems.Problem]) -> list[Problem]:
 
 
 @with_own_settings
+@show_options()
 def judge(
     model: Model,
     problems: Sequence[Problem],

@@ -4,24 +4,30 @@ import dataclasses
 from typing import Any
 
 from djax.caching import CACHES
-from djax.decoding import DECODERS, Threshold
+from djax.decoding import DECODERS
 from djax.errors import OptionError
+from djax.options import FIELDS
 from djax.plugs import parse
 from djax.smoothing import SMOOTHINGS
 
+# Stored runs are compared by their settings. These always name the options of the first stores, in this order; of the others
+# those that are not at their default, so that a new option makes no store another one.
+_ALWAYS = (
+    *("gen_length", "block_length", "decoder", "cache", "smoothing", "temperature"),
+    *("early_stop", "align_blocks"),
+)
+# What a recording sets itself, or what changes no answer.
+_APART = ("seed", "trace", "max_batch")
+_NAMES = (*_ALWAYS, *(name for name in FIELDS if name not in (*_ALWAYS, *_APART)))
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """The same names as `djax.generate`; what its repr prints, `--recordings` reads back."""
 
-    gen_length: int = 128
-    block_length: int = 32
-    decoder: Any = Threshold()  # noqa: RUF009  (frozen, so one default is one value)
-    cache: Any = None
-    smoothing: Any = None
-    temperature: float = 0.0
-    early_stop: bool = True
-    align_blocks: bool = True
+@dataclasses.dataclass(frozen=True, repr=False)
+class Settings(
+    dataclasses.make_dataclass(
+        "Fields", [(n, Any, dataclasses.field(default=FIELDS[n].default)) for n in _NAMES], frozen=True, repr=False
+    )
+):
+    """The options of `djax.generate`, less those of a recording; what its repr prints, `--recordings` reads back."""
 
     @classmethod
     def read(cls, text: str, name: str) -> "Settings":
@@ -32,4 +38,9 @@ class Settings:
         return found
 
     def options(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        """What to pass to `djax.generate`, and what a store remembers."""
+        values = {name: getattr(self, name) for name in FIELDS if name in _NAMES}
+        return {n: v for n, v in values.items() if n in _ALWAYS or v != FIELDS[n].default}
+
+    def __repr__(self) -> str:
+        return f"Settings({', '.join(f'{name}={value!r}' for name, value in self.options().items())})"

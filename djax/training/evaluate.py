@@ -9,6 +9,7 @@ from typing import Any
 
 from djax.generate import Generation, generate
 from djax.model import Model
+from djax.options import show_options
 from djax.process import with_own_settings
 from djax.training.problems import Problem, stated_result
 
@@ -60,6 +61,7 @@ def difference(bits: str, other: str, count: int, z: float = 1.96) -> tuple[floa
 
 
 @with_own_settings
+@show_options()
 def evaluate(
     model: Model,
     problems: list[Problem],
