@@ -63,8 +63,9 @@ def export_program(
     program.jaxexport: what `jax.export.deserialize` reads; its `call(parameters, request, numbers)` returns a dict of tokens
     int32 `[B, L]`, forwards, refreshes and positions int32 `[B]`, and active bool `[B]`, true only for a row left unfinished.
     parameters.safetensors: the first argument, a flat dict. manifest.json: shapes and dtypes of the request's fields
-    (`djax.program.Request` has their meaning), the numbers of decoder, cache and smoothing as they were given, the ids of
-    the mask and of every token that ends an answer (eos_id, the first of eos_ids, fills what follows).
+    (`djax.program.Request` has their meaning; without a temperature above 0 or a decoder that draws there is neither
+    temperature nor seed, without top_p or top_k neither of them), the numbers of decoder, cache and smoothing as they were
+    given, the ids of the mask and of every token that ends an answer (eos_id, the first of eos_ids, fills what follows).
 
     platform: what it is to run on, cpu, cuda, rocm or tpu, which need not be here; None for this process' own. The other
     options are `generate`'s. The directory must not exist and appears whole or not at all. Raises `OptionError` for an unknown
@@ -96,8 +97,8 @@ def export_program(
         out: Rows = decode(params, Request(**request, **whole, numbers=each), spec=dataclasses.replace(spec, traced=False))
         return {name: getattr(out, name) for name in _RESULTS}
 
-    # Where nothing is cut, nothing reads them.
-    left_out = () if spec.truncated else ("top_p", "top_k")
+    # What this program would not read it does not take: nobody passes a temperature that is ignored.
+    left_out = (() if spec.sampled else ("temperature", "seed")) + (() if spec.truncated else ("top_p", "top_k"))
     fields = {name: value for name, value in request._asdict().items() if name not in ("numbers", *left_out)}
     arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (parameters, fields, numbers))
     allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in _UNPROMISED]

@@ -8,6 +8,7 @@ import jax
 import jax.export
 import numpy as np
 import pytest
+from tiny import tiny_model
 
 import djax
 from djax.errors import OptionError
@@ -61,6 +62,18 @@ def test_an_export_for_a_gpu_that_is_not_there(tmp_path):
     exported = jax.export.deserialize(bytearray((tmp_path / "out" / "program.jaxexport").read_bytes()))
     assert exported.platforms == ("cuda",)
     assert "xla.gpu.triton" in exported.mlir_module(), "its attention is the kernel"
+    fields = json.loads((tmp_path / "out" / "manifest.json").read_text())["request"]
+    assert not {"temperature", "seed", "top_p", "top_k"} & set(fields), "what it would ignore it does not take"
+
+
+def test_an_export_that_draws_takes_what_it_reads(tmp_path):
+    for out, more, read in (
+        ("hot", dict(temperature=0.5), {"temperature", "seed"}),
+        ("cut", dict(temperature=0.5, top_k=4), {"temperature", "seed", "top_p", "top_k"}),
+    ):
+        djax.export_program(tiny_model(), tmp_path / out, gen_length=8, block_length=8, prompt_length=4, **more)
+        fields = json.loads((tmp_path / out / "manifest.json").read_text())["request"]
+        assert {"temperature", "seed", "top_p", "top_k"} & set(fields) == read
 
 
 def test_bad_input(tmp_path):
