@@ -206,7 +206,7 @@ def list_widths(batch: int, length: int) -> tuple[int, ...]:
     costs what is its own. Each is compiled: none but the whole where there is one row, or little to save."""
     if batch == 1 or length < LONG:
         return (length,)
-    return tuple(-(-length // parts // 64) * 64 for parts in (4, 2)) + (length,)
+    return (*(-(-length // parts // 64) * 64 for parts in (4, 2)), length)
 
 
 def start(params: Any, ask: Request, *, spec: Spec) -> Carry:
