@@ -10,7 +10,7 @@ from djax.caching import Block, Dual, Prefix, Vicinity
 from djax.caching.contract import Policy
 from djax.checkpoint import export_hf, load, save
 from djax.compilation import compile_cache
-from djax.decoding import Credit, Edit, Entropy, Factor, Fixed, Hierarchy, Threshold
+from djax.decoding import Credit, Edit, Entropy, Factor, Fixed, FreeDave, Hierarchy, Threshold
 from djax.decoding.contract import Decoder, Verdict
 from djax.engine import Engine
 from djax.errors import (
@@ -48,6 +48,7 @@ __all__ = [
     "Entropy",
     "Factor",
     "Fixed",
+    "FreeDave",
     "Generation",
     "Hierarchy",
     "Model",

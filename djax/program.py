@@ -105,6 +105,7 @@ class Rows(NamedTuple):
     cached       int32 `[B]`, up to which position the cache is final; () unless the policy commits what windows read.
     drafts       int32 `[B, D, S]`, what the next forward reads of the block; () unless the decoder has drafts.
     drafted      int32 `[B]`, how many of them; () likewise.
+    saved        int32 `[B]`, forwards that verified drafts made needless; () likewise.
     decoder      the decoder's state, any pytree with leading axis B.
     soft         `[B, L, D]`, the embeddings the next forward reads; () without smoothing, when the tokens' own are read.
     trace        the record so far (`trace.Record`); () unless asked for.
@@ -125,6 +126,7 @@ class Rows(NamedTuple):
     cached: Any
     drafts: Any
     drafted: Any
+    saved: Any
     decoder: Any
     soft: Any
     trace: Any
@@ -177,9 +179,11 @@ def _take_part(kv: jax.Array, part: jax.Array, parts: int) -> jax.Array:
 
 
 def _ticks(rows: Rows, smoothed: bool) -> Tick:
-    """Where each row stands, `[B]` each."""
+    """Where each row stands, `[B]` each. What verified drafts saved counts as if it had been run."""
+    saved = rows.saved if len(rows.saved) else 0
+    forwards = rows.forwards + saved
     # dInfer counts a turn that refreshes as one iteration, but with smoothing as the two forwards it is.
-    return Tick(rows.forwards if smoothed else rows.iteration, rows.forwards, rows.block, rows.call)
+    return Tick(forwards if smoothed else rows.iteration + saved, forwards, rows.block, rows.call)
 
 
 class Frame(NamedTuple):
@@ -233,6 +237,7 @@ def start(params: Any, ask: Request, *, spec: Spec) -> Carry:
         cached=zero if policy.commits else (),
         drafts=_as_it_stands(ask.tokens, ask.start, decoder.drafts, spec.block) if decoder.drafts else (),
         drafted=zero + 1 if decoder.drafts else (),
+        saved=zero if decoder.drafts else (),
         decoder=jax.vmap(lambda _, numbers: spec.build(numbers)[0].init(spec.block, spec.config.vocab))(zero, ask.numbers),
         trace=Record.start(batch, length, spec.block, decoder.post_steps) if spec.traced else (),
         soft=() if smoothing is None else spec.family.embed(params, spec.config, ask.tokens),
@@ -327,6 +332,8 @@ class _Loop:
         if self.policy.keeps:
             # Entered as a loop of at most one trip: turns in which every row warms up pay for no window, and unlike
             # `lax.cond` a loop never copies what it carries.
+            carry = carry._replace(rows=self.limit_drafts(rows, carry.asks))
+            rows = carry.rows
             inside = plan.window & running & ~rows.stop
             left = self.find_left(carry)
             rows, fresh, _ = jax.lax.while_loop(
@@ -343,6 +350,22 @@ class _Loop:
         return jax.vmap(lambda numbers, tick, cached: self.spec.build(numbers)[1].plan(tick, cached))(
             carry.asks.numbers, ticks, carry.rows.cached_block
         )
+
+    def limit_drafts(self, rows: Rows, asks: Request) -> Rows:
+        """No draft goes past the whole canvas that the policy would run next, if every step were a forward of its own."""
+        if not self.decoder.drafts:
+            return rows
+        ticks, later = _ticks(rows, self.smoothing is not None), jnp.arange(1, self.decoder.drafts + 1, dtype=jnp.int32)
+
+        def count(numbers: Any, tick: Tick, cached: jax.Array) -> jax.Array:
+            """How many steps there are before it."""
+            after = lambda n: tick._replace(iteration=tick.iteration + n, forward=tick.forward + n)  # noqa: E731
+            policy = self.spec.build(numbers)[1]
+            full = jax.vmap(lambda n: jnp.asarray(policy.plan(after(n), cached).full))(later)
+            return jnp.min(jnp.where(full, later, self.decoder.drafts))
+
+        most = jax.vmap(count)(asks.numbers, ticks, rows.cached_block)
+        return rows._replace(drafted=jnp.minimum(rows.drafted, most))
 
     def full(self, plan: Plan, width: int, state: tuple[Carry, jax.Array]) -> tuple[Carry, jax.Array]:
         """One pending row's whole canvas: decode its block from it, and keep its K/V if the policy has a cache.
@@ -574,7 +597,9 @@ class _Loop:
             trace = rows.trace.add(rows.forwards, rows.start, verdict.proposals, write, confidence, running, whole)
         one = running.astype(jnp.int32)
         if self.decoder.drafts:
+            steps = one if verdict.steps is None else jnp.where(running, verdict.steps, 1)
             rows = rows._replace(
+                saved=rows.saved + jnp.maximum(steps, 1) - 1,
                 drafts=_keep(running, verdict.drafts, rows.drafts),
                 drafted=jnp.where(running, jnp.clip(verdict.drafted, 1, self.decoder.drafts), rows.drafted),
             )

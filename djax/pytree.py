@@ -14,8 +14,11 @@ T = TypeVar("T", bound=type)
 def pytree(cls: T) -> T:
     """Make a frozen dataclass a pytree: its fields are leaves, those with `metadata={"static": True}` set shapes.
 
-    jax rebuilds it without its constructor, so attributes that are no fields are lost. Raises `OptionError` for a class that is
-    no dataclass, or that jax knows already.
+    A field with `metadata={"later": True}` is printed only where it is not its default, so that
+    what was printed and kept before there was such a field stays as it is.
+
+    jax rebuilds a plug without its constructor, so attributes that are no fields are lost. Raises
+    `OptionError` for a class that is no dataclass, or that jax knows already.
 
     Law: structures of different classes are never equal. With `jax.tree_util.register_dataclass` they are, where number of
     leaves and static values agree (jax 0.10.2): then `jit`, whose caches go by that equality, now and then runs the
@@ -43,11 +46,18 @@ def pytree(cls: T) -> T:
             object.__setattr__(plug, name, value)
         return plug
 
+    if any(field.metadata.get("later") for field in dataclasses.fields(cls)):
+        cls.__repr__ = _print
     try:
         jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     except ValueError as error:
         raise OptionError(f"pytree: {cls.__name__} is registered with jax already") from error
     return cls
+
+
+def _print(plug: Any) -> str:
+    shown = [f.name for f in dataclasses.fields(plug) if not f.metadata.get("later") or getattr(plug, f.name) != f.default]
+    return f"{type(plug).__name__}({', '.join(f'{name}={getattr(plug, name)!r}' for name in shown)})"
 
 
 def classes(tree: Any) -> tuple:

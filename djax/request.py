@@ -104,6 +104,11 @@ def prepare(model: Model, prompts: Any, options: Options) -> Asked:
         )
         for i in range(0, count, group)
     ]
+    if plugs[0].drafts:
+        if max(heats) > 0:
+            raise OptionError(f"temperature: expected 0 with drafts, which are checked against the likeliest, got {max(heats)}")
+        if plugs[0].drafts > block_length:
+            raise OptionError(f"decoder: expected at most {block_length} drafts, the block_length, got {show(plugs[0])}")
     sampled, truncated = max(heats) > 0 or plugs[0].draws, min(map(np.float32, top_p)) < 1 or max(top_k) > 0
     stops = [stops[i : i + group] for i in range(0, count, group)]
     asked = Asked(asks, stops, plugs, block_length, sampled, bool(truncated), trace, single)

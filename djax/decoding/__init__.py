@@ -5,6 +5,7 @@ from djax.decoding.edit import Edit
 from djax.decoding.entropy import Entropy
 from djax.decoding.factor import Factor
 from djax.decoding.fixed import Fixed
+from djax.decoding.freedave import FreeDave
 from djax.decoding.hierarchy import Hierarchy
 from djax.decoding.threshold import Threshold
 
@@ -16,4 +17,5 @@ DECODERS: dict[str, type] = {
     "factor": Factor,
     "entropy": Entropy,
     "edit": Edit,
+    "freedave": FreeDave,
 }

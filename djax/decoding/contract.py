@@ -98,6 +98,7 @@ class Verdict(NamedTuple):
     drafts:     int32 `[D, S]`, what the next forward shall read of the block. A block just entered is read as it stands.
     drafted:    int32 scalar, how many of them, 1 to D.
     kept:       int32 scalar, which draft's keys and values stay where a cache commits what a window read.
+    steps:      int32 scalar, the forwards without drafts that this one stands for, at least 1: what counting policies count.
 
     advance:    int32 scalar, how many leading positions the block leaves behind though it is not done: its start moves on by so
                 many, and the drafts are of the block from there. None: blocks follow one another.
@@ -111,6 +112,7 @@ class Verdict(NamedTuple):
     drafts: jax.Array | None = None
     drafted: jax.Array | None = None
     kept: jax.Array | None = None
+    steps: jax.Array | None = None
     advance: jax.Array | None = None
 
 

@@ -20,8 +20,8 @@ class Fixed(Decoder):
     per_step: candidates a forward; 1 if neither is given. Fewer are accepted where a row has fewer candidates.
     steps:    instead: m masks at the block's first forward go m // steps at a time, one more at each of the first
               m % steps, and never less than one. Refreshes and windows count alike (dInfer's FixedParallelDecoder).
-    order:    "confidence" (LLaDA's low-confidence remasking; ties go to the lower position) or "random" (uniform, from
-              the row's seed, at temperature 0 too; the tokens are the same argmax).
+    order:    "confidence" (LLaDA's low-confidence remasking; ties go to the lower position), "left" (leftmost first) or
+              "random" (uniform, from the row's seed, at temperature 0 too; the tokens are the same argmax).
     """
 
     per_step: int | None = None
@@ -31,7 +31,7 @@ class Fixed(Decoder):
     def __post_init__(self) -> None:
         integer(self, "per_step", at_least=1, optional=True)
         integer(self, "steps", at_least=1, optional=True)
-        one_of(self, "order", ("confidence", "random"))
+        one_of(self, "order", ("confidence", "left", "random"))
         if self.per_step is None and self.steps is None:
             object.__setattr__(self, "per_step", 1)
         elif self.per_step is not None and self.steps is not None:
@@ -51,6 +51,8 @@ class Fixed(Decoder):
         if self.order == "random":
             # Folded in, so that the order says nothing about the noise that chose the tokens.
             confidence = jax.random.uniform(jax.random.fold_in(look.key, 1), look.tokens.shape)
+        elif self.order == "left":
+            confidence = -look.at.astype(jnp.float32)
         if self.steps is None:
             count = self.per_step
         else:
