@@ -56,6 +56,10 @@ ALLOWED = {
     "djax/ahead.py": ("checks compilation directories errors generate model native options process program request"),
     "djax/presets.py": "checks configs errors options",
     "djax/pictures": "errors files pictures",
+    "djax/cli": (
+        "benchmarks caching checkpoint checks cli compilation configs conversion decoding distill "
+        "errors files interrupt options pictures plugs presets smoothing training"
+    ),
     "djax/distill": (
         "caching checkpoint checks compilation decoding distill errors files generate model "
         "models.family models.hf models.sight options plugs process pytree sharding smoothing "
