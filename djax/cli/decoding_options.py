@@ -9,18 +9,16 @@ from typing import Annotated, Any
 
 from tyro.conf import UseAppendAction, arg
 
-from djax.caching import CACHES
 from djax.cli.arguments import read_argument
-from djax.decoding import DECODERS
 from djax.options import FIELDS, describe, is_repeated, list_types
-from djax.smoothing import SMOOTHINGS
 
 PRESET = """A published way to decode, whose values then are the defaults of the options below (with --help: shown there):
 llada, fast_dllm_prefix, fast_dllm_dual, dinfer_vicinity, dinfer_credit or dinfer_hierarchy."""
 # Options that are no part of how an answer is decoded: commands have them, or what needs them, of their own.
 APART = ("trace", "max_batch")
-# Options that are given as text, which these registries read.
-PLUGS = {"decoder": DECODERS, "cache": CACHES, "smoothing": SMOOTHINGS}
+# Options that are given as text.
+PLUGS = ("decoder", "cache", "smoothing")
+OWN = "FILE.py:NAME(...) is a class of your own in that Python file, which is executed."
 
 
 def describe_flag(option: str) -> str:
@@ -41,7 +39,7 @@ def _make_flag(option: str) -> tuple[str, Any, Any]:
     kind: Any = functools.reduce(operator.or_, list_types(option))
     described = arg(help=describe_flag(option))
     if option in PLUGS:
-        kind = Annotated[str, described]
+        kind = Annotated[str, arg(help=f"{describe_flag(option)} {OWN}")]
     elif is_repeated(option):
         kind = Annotated[tuple[str, ...], described, UseAppendAction]
     else:
@@ -68,13 +66,12 @@ class Decoding(
 
     def options(self) -> dict[str, Any]:
         """What to pass to `djax.generate`."""
-        from djax.plugs import parse
+        from djax.plug_files import read_plugs
 
         options = {name: getattr(self, name) for name in FIELDS if name not in APART}
+        options |= read_plugs({name: options[name] for name in PLUGS})
         for name in options:
-            if name in PLUGS:
-                options[name] = parse(options[name], PLUGS[name], f"--{name}")
-            elif is_repeated(name):
+            if name not in PLUGS and is_repeated(name):
                 options[name] = tuple(read_argument(text, f"--{name}") for text in options[name]) or None
         return options
 
