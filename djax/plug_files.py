@@ -1,7 +1,7 @@
 """Plugs of a user's own from a Python file: `my_file.py:Margin(0.8)`.
 
-Only the command line reads these: whoever names a file there asks for it to be executed. Presets and the settings of
-recordings are data, so `plugs.parse` reads them and refuses files.
+Only the command line reads these: whoever names a file there asks for it to be executed. Presets
+and the settings of recordings are data, so `plugs.parse` reads them and refuses files.
 """
 
 import ast
@@ -30,7 +30,7 @@ _CALL = re.compile(r"\s*\w+\s*\(")
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """What an option takes: djax's own by name, and the base class or the methods of a user's own."""
+    """What an option takes: djax's own by name, and the base class or methods of a user's own."""
 
     registry: Mapping[str, type]
     contract: type | tuple[str, ...]
@@ -58,11 +58,13 @@ _SHIPPED = {name: kind for of in _KINDS.values() for name, kind in of.registry.i
 def read_plugs(texts: Mapping[str, str]) -> dict[str, Any]:
     """Build the plug that the text of each option (decoder, cache, smoothing) spells.
 
-    A text is what `plugs.parse` reads, or FILE.py: in front of it. Then the names in it are the classes that the file defines
-    and djax's own, and at least one is the file's. EXECUTES each file, once for all options that name it.
+    A text is what `plugs.parse` reads, or FILE.py: in front of it. Then its names are the classes
+    that the file defines and djax's own, and at least one is the file's. EXECUTES each file, once
+    for all options that name it.
 
-    Raises `OptionError`, naming the option: a file that is missing or raises (with the line), that lacks the class or gives it
-    a name of djax's own, a class that breaks its contract, arguments that do not fit.
+    Raises `OptionError`, naming the option: a file that is missing or raises (with the line), that
+    lacks the class or gives it a name of djax's own, a class that breaks its contract, arguments
+    that do not fit.
     """
     modules: dict[Path, types.ModuleType] = {}
 
@@ -72,7 +74,7 @@ def read_plugs(texts: Mapping[str, str]) -> dict[str, Any]:
             modules[file] = _execute(file, f"{name}: {path}")
         return modules[file]
 
-    return {option: _read(text, f"--{option}", _KINDS[option], load) for option, text in texts.items()}
+    return {name: _read(text, f"--{name}", _KINDS[name], load) for name, text in texts.items()}
 
 
 def _read(text: str, name: str, kind: _Kind, load: Callable[[str, str], types.ModuleType]) -> Any:
@@ -84,9 +86,11 @@ def _read(text: str, name: str, kind: _Kind, load: Callable[[str, str], types.Mo
         inner = re.split(r"[\s(,=]", path)[-1]
         how = f"{inner}:{text.replace(f'{inner}:', '')}"
         how = "one file" if _FILE.fullmatch(how).group(2).count(".py:") else how
-        raise OptionError(f"{name}: a file goes in front of the whole; expected {how}, got {show(text)}")
+        got = show(text)
+        raise OptionError(f"{name}: a file goes in front of the whole; expected {how}, got {got}")
     module = load(path, name)
-    defined = {n: c for n, c in vars(module).items() if isinstance(c, type) and c.__module__ == module.__name__}
+    classes = {n: value for n, value in vars(module).items() if isinstance(value, type)}
+    defined = {n: found for n, found in classes.items() if found.__module__ == module.__name__}
     own = _choose(defined, kind, f"{name}: {path}")
 
     def check(tree: ast.expr) -> None:
@@ -98,7 +102,7 @@ def _read(text: str, name: str, kind: _Kind, load: Callable[[str, str], types.Mo
 
 
 def _execute(file: Path, where: str) -> types.ModuleType:
-    """Run a file as a module that is named by its path, so that it is no module of djax's or of anybody else."""
+    """Run a file as a module that is named by its path, and so takes no other module's name."""
     if not file.is_file():
         raise OptionError(f"{where} does not exist or is not a file")
     key = str(file)
@@ -121,29 +125,34 @@ def _execute(file: Path, where: str) -> types.ModuleType:
 
 def _find_line(error: BaseException, file: str) -> int | None:
     """The last line of the file that the error passed through."""
-    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == file]
+    passed = traceback.walk_tb(error.__traceback__)
+    lines = [line for frame, line in passed if frame.f_code.co_filename == file]
     return lines[-1] if lines else None
 
 
 def _choose(defined: Mapping[str, type], kind: _Kind, where: str) -> dict[str, type]:
-    """The classes that the option takes, by their names in lower case, as `plugs.build` looks them up."""
+    """The classes that the option takes, by name in lower case, as `plugs.parse` looks them up."""
     own: dict[str, type] = {}
     for name, found in defined.items():
         shipped = _SHIPPED.get(name.lower())
         if shipped is not None and any(of.admits(found) for of in _KINDS.values()):
             shown = name if shipped is type(None) else shipped.__name__
-            raise OptionError(f"{where}: {shown} is djax's own; give the file's class {name} another name")
+            how = f"give the file's class {name} another name"
+            raise OptionError(f"{where}: {shown} is djax's own; {how}")
         if not kind.admits(found):
             continue
         if own.setdefault(name.lower(), found) is not found:
-            raise OptionError(f"{where}: the names of two classes differ only in case: {name}; rename one")
+            what = f"the names of two classes differ only in case: {name}"
+            raise OptionError(f"{where}: {what}; rename one")
     return own
 
 
 def _check_names(tree: ast.expr, defined: Mapping[str, type], own: Mapping[str, type], kind: _Kind, where: str) -> None:
-    """Raise `OptionError` for names that the file does not define, for its classes that are no plugs, and if none is used."""
+    """Raise `OptionError` for names that the file does not define, for its classes that are no
+    plugs, and if none of its classes is used."""
     names = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
-    there = ", ".join(n for n in defined if n.lower() in own) or f"no class that would {kind.demand()}"
+    there = ", ".join(name for name in defined if name.lower() in own)
+    there = there or f"no class that would {kind.demand()}"
     used = [own[name.lower()] for name in names if name.lower() in own]
     for name in names:
         if name in defined and name.lower() not in own:

@@ -79,11 +79,16 @@ def _example(registry: Mapping[str, type]) -> str:
 
 
 def _spell(kind: type) -> str:
-    """A call of the class with its defaults; of a user's own class, which may not be made without arguments, by its fields."""
+    """A call of the class with its defaults; of a user's own class, which may not be made without
+    arguments, by its fields."""
     if kind is type(None) or kind.__module__.split(".")[0] == "djax":
         return repr(kind())
     fields = getattr(kind, "__dataclass_fields__", {}).values()
-    shown = (f.name if f.default is dataclasses.MISSING else f"{f.name}={show(f.default)}" for f in fields if f.init)
+    shown = []
+    for field in fields:
+        if field.init:
+            has_default = field.default is not dataclasses.MISSING
+            shown.append(f"{field.name}={show(field.default)}" if has_default else field.name)
     return f"{kind.__name__}({', '.join(shown)})"
 
 

@@ -39,10 +39,12 @@ def preset(name: str) -> dict[str, Any]:
 
 
 def check_preset(chosen: Mapping[str, Any], name: str) -> None:
-    """Check that a preset has no option that does not exist, and no plug but djax's own: it is data, and what it names must
-    not be executed. Raises `TypeError` or `OptionError`."""
+    """Check that a preset has no option that does not exist, and no plug but djax's own: it is data,
+    and what it names must not be executed. Raises `TypeError` or `OptionError`."""
     make_options(chosen, f"djax.configs.presets.{name}")
     for option in ("decoder", "cache", "smoothing"):
         value = chosen.get(option)
-        if value is not None and not _SHIPPED.issuperset([type(value), *jax.tree.leaves(classes(value))]):
-            raise OptionError(f"preset {name}: {option}: expected one of djax's own, got {show(value)}")
+        kinds = {type(value), *jax.tree.leaves(classes(value))}
+        if value is not None and not kinds <= _SHIPPED:
+            got = show(value)
+            raise OptionError(f"preset {name}: {option}: expected one of djax's own, got {got}")

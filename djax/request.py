@@ -247,7 +247,8 @@ def _try_plugs(model: Model, ask: Request, plugs: Plugs, block: int, sampled: bo
         state = decoder.init(block, vocab)
         results = decoder.step(state, look._replace(key=make_key(seed) if sampled else None))
         if not isinstance(results, tuple | list) or isinstance(results, Verdict) or len(results) != 2:
-            raise OptionError(f"{name}.step: expected two results, the state and a djax.Verdict; got {_count(results)}")
+            what = _count(results)
+            raise OptionError(f"{name}.step: expected two results, the state and a djax.Verdict; got {what}")
         return state, *results
 
     def plan(policy: Any, *asked: Any) -> Plan:

@@ -1,6 +1,6 @@
-"""A decoder of your own: accept where the likeliest token leads the next one by so much probability.
+"""A decoder of your own: accept where the likeliest token leads the second by enough probability.
 
-djax generate --decoder "examples/margin.py:Margin(0.8)" "Anna has 12 pens. She buys 7 more. How many pens has Anna?"
+djax generate --decoder "examples/margin.py:Margin(0.8)" --file question.txt
 """
 
 import dataclasses
@@ -18,5 +18,5 @@ class Margin(Decoder):
     def step(self, state, look):
         tokens, confidence, candidate = decoding.contract.candidates(look)
         margin = confidence - jax.lax.top_k(jax.nn.softmax(look.logits), 2)[0][:, 1]
-        best = decoding.contract.by_confidence(margin, candidate) == 0
-        return state, decoding.contract.write(look, tokens, candidate & (best | (margin >= self.least)))
+        accept = (margin >= self.least) | (decoding.contract.by_confidence(margin, candidate) == 0)
+        return state, decoding.contract.write(look, tokens, candidate & accept)

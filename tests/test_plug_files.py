@@ -174,7 +174,7 @@ def test_one_file_is_executed_once_for_all_options(tmp_path):
         )
     made = read_plugs({"decoder": f"{file}:Own()", "cache": f"{file}:Kept()", "smoothing": f"{file}:Soft()"})
     assert list(made) == ["decoder", "cache", "smoothing"]
-    assert len({id(vars(__import__("sys").modules[type(plug).__module__])) for plug in made.values()}) == 1
+    assert len({id(type(plug).__init__.__globals__) for plug in made.values()}) == 1
     assert isinstance(made["cache"], djax.Policy)
     assert read_plugs(dict.fromkeys(made, "none") | {"decoder": "Fixed(2)"}) == {
         **{"decoder": djax.Fixed(2), "cache": Uncached(), "smoothing": None}
