@@ -1,12 +1,21 @@
 """Published ways to decode, by name: the files of configs/presets."""
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from djax.caching import CACHES
 from djax.checks import plain_text, show
+from djax.decoding import DECODERS
 from djax.errors import OptionError
 from djax.options import make_options
+from djax.pytree import classes
+from djax.smoothing import SMOOTHINGS
+
+_SHIPPED = {*DECODERS.values(), *CACHES.values(), *SMOOTHINGS.values()}
 
 
 def presets() -> list[str]:
@@ -25,5 +34,17 @@ def preset(name: str) -> dict[str, Any]:
     if plain not in presets():
         raise OptionError(f"preset: unknown {show(name)}; there are: {', '.join(presets())}")
     chosen = dict(importlib.import_module(f"djax.configs.presets.{plain}").PRESET)
-    make_options(chosen, f"djax.configs.presets.{plain}")  # a preset has no option that does not exist
+    check_preset(chosen, plain)
     return chosen
+
+
+def check_preset(chosen: Mapping[str, Any], name: str) -> None:
+    """Check that a preset has no option that does not exist, and no plug but djax's own: it is data,
+    and what it names must not be executed. Raises `TypeError` or `OptionError`."""
+    make_options(chosen, f"djax.configs.presets.{name}")
+    for option in ("decoder", "cache", "smoothing"):
+        value = chosen.get(option)
+        kinds = {type(value), *jax.tree.leaves(classes(value))}
+        if value is not None and not kinds <= _SHIPPED:
+            got = show(value)
+            raise OptionError(f"preset {name}: {option}: expected one of djax's own, got {got}")

@@ -246,12 +246,24 @@ def _try_plugs(model: Model, ask: Request, plugs: Plugs, block: int, sampled: bo
     drafts = (jax.ShapeDtypeStruct((*several, block), jnp.int32), whole) if several else (None, None)
     look = Look(logits, tokens, where, tokens, tick, whole, real, real, None, drafts=drafts[0], read=drafts[1])
 
+    name = f"decoder: {type_name(decoder)}"
+
     def step(decoder: Any, look: Look, seed: Any) -> tuple:
         state = decoder.init(block, vocab)
-        return state, *decoder.step(state, look._replace(key=make_key(seed) if sampled else None))
+        results = decoder.step(state, look._replace(key=make_key(seed) if sampled else None))
+        if not isinstance(results, tuple | list) or isinstance(results, Verdict) or len(results) != 2:
+            what = _count(results)
+            raise OptionError(f"{name}.step: expected two results, the state and a djax.Verdict; got {what}")
+        return state, *results
+
+    def plan(policy: Any, *asked: Any) -> Plan:
+        planned = policy.plan(*asked)
+        if not isinstance(planned, Plan):
+            what = _count(planned)
+            raise OptionError(f"cache: {type_name(policy)}.plan: expected a djax.caching.contract.Plan; got {what}")
+        return Plan(*map(jnp.asarray, planned))
 
     if not _all_ours(decoder):
-        name = f"decoder: {type_name(decoder)}"
         with reading(f"decoder: trying {type_name(decoder)}"):
             seed = jax.ShapeDtypeStruct((), jnp.uint32)
             state, after, verdict = jax.eval_shape(step, decoder, look, seed)
@@ -275,14 +287,20 @@ def _try_plugs(model: Model, ask: Request, plugs: Plugs, block: int, sampled: bo
                 _expect(verdict.advance, (), jnp.integer, f"{name}: advance of its verdict")
     if not _all_ours(policy):
         with reading(f"cache: trying {type_name(policy)}"):
-            plan = jax.eval_shape(lambda p, *a: Plan(*map(jnp.asarray, p.plan(*a))), policy, tick, whole)
+            planned = jax.eval_shape(plan, policy, tick, whole)
             for field in Plan._fields:
-                _expect(getattr(plan, field), (), jnp.bool_, f"cache: {type_name(policy)}.plan: its {field}")
+                _expect(getattr(planned, field), (), jnp.bool_, f"cache: {type_name(policy)}.plan: its {field}")
     if smoothing is not None and not _all_ours(smoothing):
         with reading(f"smoothing: trying {type_name(smoothing)}"):
             for method in ("weight", "least"):
                 out = jax.eval_shape(lambda s, n, method=method: getattr(s, method)(n), smoothing, whole)
                 _expect(out, (), jnp.floating, f"smoothing: {type_name(smoothing)}.{method}")
+
+
+def _count(results: Any) -> str:
+    """How many results a method returned, as an error says it."""
+    several = isinstance(results, tuple | list) and not hasattr(results, "_fields")
+    return f"{len(results)} results" if several else f"one, a {type_name(results)}"
 
 
 def _all_ours(plug: Any) -> bool:

@@ -10,8 +10,10 @@ from tiny import CONFIG
 from toy import toy_model
 
 import djax
-from djax import cli, distill
+from djax import distill
 from djax.caching import Uncached
+from djax.cli import decoding_options, main
+from djax.cli.generate import Generate
 from djax.distill.recording import record
 from djax.distill.run import judge
 from djax.options import FIELDS, describe
@@ -109,13 +111,13 @@ def test_an_option_that_does_not_exist(model, small, tmp_path):
 
 def decoding(options):
     """The options as the command line hands them on: a cache of its own stands for none."""
-    given = {name: value for name, value in vars(options).items() if name not in cli.APART}
+    given = {name: value for name, value in vars(options).items() if name not in decoding_options.APART}
     return given | {"cache": Uncached() if options.cache is None else options.cache}
 
 
 def test_the_command_line_has_each(capsys):
     with pytest.raises(SystemExit):
-        contextvars.copy_context().run(cli.main, ["generate", "--help"])
+        contextvars.copy_context().run(main, ["generate", "--help"])
     # Without the frames and the line breaks of the help.
     shown = " ".join(word for word in capsys.readouterr().out.split() if word != "│")
     for name in NAMES:
@@ -123,31 +125,31 @@ def test_the_command_line_has_each(capsys):
             assert "--show" in shown and "--html" in shown, "what a trace is for"
             continue
         assert f"--{name.replace('_', '-')} " in shown or f"--{name.replace('_', '-')}, " in shown
-        text = " ".join(cli.describe_flag(name).split())
+        text = " ".join(decoding_options.describe_flag(name).split())
         assert text[:60] in shown, text
     arguments = []
-    for name in set(NAMES) - set(cli.APART):
+    for name in set(NAMES) - set(decoding_options.APART):
         value, flag = VALUES[name], name.replace("_", "-")
         if value is False:
             arguments.append(f"--no-{flag}")
         else:
             arguments += [part for one in (value if type(value) is tuple else [value]) for part in (f"--{flag}", str(one))]
-    read = tyro.cli(cli.Decoding, args=arguments).options()
+    read = tyro.cli(decoding_options.Decoding, args=arguments).options()
     assert read == decoding(djax.Options(**VALUES))
-    assert cli.Decoding().options() == decoding(djax.Options())
-    for name in cli.APART:
-        assert name == "trace" or name in {field.name for field in dataclasses.fields(cli.Generate)}
+    assert decoding_options.Decoding().options() == decoding(djax.Options())
+    for name in decoding_options.APART:
+        assert name == "trace" or name in {field.name for field in dataclasses.fields(Generate)}
 
 
 def test_a_preset_may_name_each():
     for name in NAMES:
-        if name not in cli.APART:
-            shown = cli._spell(name, VALUES[name])
-            assert cli.Decoding(**{name: shown}).options()[name] == VALUES[name]
+        if name not in decoding_options.APART:
+            shown = decoding_options.spell(name, VALUES[name])
+            assert decoding_options.Decoding(**{name: shown}).options()[name] == VALUES[name]
     for name in presets():
         chosen = djax.preset(name)
         assert set(chosen) <= set(NAMES)
-        assert cli.Decoding.of(name).options() == decoding(djax.Options(**chosen))
+        assert decoding_options.Decoding.of(name).options() == decoding(djax.Options(**chosen))
 
 
 def test_settings_of_a_recording_keep_their_text():

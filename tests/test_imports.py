@@ -34,6 +34,7 @@ ALLOWED = {
     "djax/options.py": "caching.contract decoding smoothing",
     "djax/stop.py": "checks errors",
     "djax/plugs.py": "checks errors",
+    "djax/plug_files.py": "caching checks decoding errors plugs smoothing",
     "convert": "checkpoint_files convert directories errors files",
     "djax/directories.py": "checks errors",
     "djax/source.py": "checkpoint_files consistency convert errors files models sharding text",
@@ -54,8 +55,12 @@ ALLOWED = {
     "djax/engine.py": ("checks compilation errors generate model native options process program programs request"),
     "djax/explain.py": ("checks decoding.contract errors generate model options process program request"),
     "djax/ahead.py": ("checks compilation directories errors generate model native options process program request"),
-    "djax/presets.py": "checks configs errors options",
+    "djax/presets.py": "caching checks configs decoding errors options pytree smoothing",
     "djax/pictures": "errors files pictures",
+    "djax/cli": (
+        "benchmarks checkpoint checks cli compilation configs conversion distill errors files "
+        "interrupt options pictures plug_files plugs presets training"
+    ),
     "djax/distill": (
         "caching checkpoint checks compilation decoding distill errors files generate model "
         "models.family models.hf models.sight options plugs process pytree sharding smoothing "

@@ -10,7 +10,7 @@ from toy import toy_model
 
 import djax
 from djax.caching import CACHES
-from djax.cli import PRESET
+from djax.cli.decoding_options import PRESET
 from djax.configs import presets as package
 from djax.decoding import DECODERS
 from djax.errors import OptionError
