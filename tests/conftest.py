@@ -55,7 +55,7 @@ def pytest_configure(config):
 
 def pytest_runtest_setup(item):
     if item.get_closest_marker("cpp"):
-        from djax import native
+        from djax.kernels import native
 
         if (why_not := native.why_not("float32")) is not None:
             pytest.skip(f"without djax's C++ functions: {why_not}")

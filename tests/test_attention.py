@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from djax.models import attention_cpu
-from djax.models.attention import fused, on_cpu, plain, suits
+from djax.kernels.attention import fused, on_cpu, plain
+from djax.kernels.sight import HIDDEN_RANK, Sight
 from djax.models.layers import rotary_angles
-from djax.models.sight import HIDDEN_RANK, Sight, rank_keys, see_in_order
+from djax.models.sight import rank_keys, see_in_order
 
 # On a machine with a GPU the kernel itself runs.
 INTERPRET = jax.default_backend() == "cpu"

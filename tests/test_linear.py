@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from djax.models import linear, quantized
+from djax.kernels import linear
 
 pytestmark = pytest.mark.cpp
 SPECS = {
