@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from djax.kernels import experts, experts_cpu, experts_gpu
+from djax.kernels import dispatch, experts, experts_cpu, experts_gpu
+from djax.kernels.weights import Int8
 from djax.models import moe, quantized
 
 # The widths are the least that the kernel takes.
@@ -101,7 +102,7 @@ def test_the_kernel_in_bfloat16_rounds_where_the_plain_form_does():
 def as_int8(name, w):
     """A matrix as it is held once quantised, and what it stands for."""
     (_, held), (_, scale) = quantized.quantize((name,), np.asarray(w))
-    return quantized.Int8(jnp.asarray(held), jnp.asarray(scale)), jnp.asarray(held * scale)
+    return Int8(jnp.asarray(held), jnp.asarray(scale)), jnp.asarray(held * scale)
 
 
 @pytest.mark.parametrize("back_end", [experts.plain, experts.dense, experts.grouped, kernel, dense_kernel, cpu_kernel])
@@ -168,12 +169,13 @@ def test_more_hidden_rows_than_exist_at_a_time():
 @pytest.mark.cpp
 def test_which_form_runs():
     def form(platform, tokens, shape):
-        return moe.form(platform, tokens, jax.ShapeDtypeStruct(shape, jnp.float32), jnp.float32)
+        case = dispatch.Experts(tokens, shape, jnp.float32, jnp.float32)
+        return dispatch.choose(case, platform, dispatch.foresee_site("djax", None)).back_end.name
 
     real, narrow = (64, 2048, 2048), (8, 48, 64)
-    assert [form("cpu", 16, real), form("cpu", 4096, real), form("cpu", 16, narrow)] == ["cpu kernel", "cpu kernel", "tiles"]
+    assert [form("cpu", 16, real), form("cpu", 4096, real), form("cpu", 16, narrow)] == ["C++", "C++", "tiles"]
     windows, refreshes = ([form("cuda", tokens, real) for tokens in some] for some in ((96, 256), (257, 4096)))
-    assert (windows, refreshes) == (["dense kernel"] * 2, ["kernels"] * 2)
+    assert (windows, refreshes) == (["dense Pallas"] * 2, ["Pallas"] * 2)
     assert form("cuda", 4096, narrow) == form("tpu", 4096, real) == "dense"
 
 

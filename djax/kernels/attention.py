@@ -31,7 +31,8 @@ def attention(
     """Normalise and rotate queries and keys, then attend.
 
     qkv `[B, W, G, H / G + 2, K]`: a group's queries, its key, its value. norms: weights `[K]` of the queries' and the
-    keys' normalisation, None where a family has none. angles: cos and sin `[B, W, K / 2]`; their dtype, if wider, is what heads are rotated in. sight, cached, cached_rank: as in `attend`.
+    keys' normalisation, None where a family has none. angles: cos and sin `[B, W, K / 2]`; their dtype, if wider, is what heads
+    are rotated in. sight, cached, cached_rank: as in `plain.attend`.
     Returns the attended values `[B, W, H, K]` and the window's k (after rotary) and v, `[B, G, W * K]` each.
     The back end is chosen when the program is lowered (`dispatch.TABLE`).
     """
