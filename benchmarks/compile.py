@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from djax import native
 from djax.benchmarks import hlo
 from djax.benchmarks.circumstances import circumstances
 from djax.benchmarks.report import put, write_lines
 from djax.errors import OptionError
+from djax.kernels.choice import read_choice, restrict_to_portable
 
 # LLaDA-MoE-7B-A1B: the values of its config.json.
 LLADA_MOE_7B = {
@@ -173,10 +173,11 @@ def _lower(family: Any, config: Any, mesh: Any, plugs: tuple, quantize: str | No
     numbers = tuple(value((1,), np.int32 if isinstance(x, int) else np.float32) for x in jax.tree.leaves(plugs))
     ask = Request(value((1, canvas), jnp.int32), *per_row, *others, numbers)
     spec = Spec(family, config, block, False, False, jax.tree.structure(plugs), tuple(map(classes, plugs)))
+    # As a process with GPUs traces it, which has no functions for a CPU to choose from.
+    spec = dataclasses.replace(spec, kernels=restrict_to_portable(read_choice()))
     program = partial(decode, spec=spec)
     params = abstract(family, config, jnp.bfloat16, mesh, quantize)
-    # As a process with GPUs traces it, which has no functions for a CPU to choose from.
-    with jax.set_mesh(mesh), native.portable():
+    with jax.set_mesh(mesh):
         return jax.jit(program).lower(params, ask)
 
 

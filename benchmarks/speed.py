@@ -24,11 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import djax
-from djax import native
 from djax.benchmarks import midsize
 from djax.benchmarks.circumstances import circumstances
 from djax.benchmarks.report import put, read_lines, write_lines
 from djax.errors import OptionError
+from djax.kernels.choice import ENVIRONMENT
 
 PROMPT, GENERATED, BLOCK, BEFORE, AFTER = 64, 256, 32, 16, 16
 PEERS = tuple(
@@ -60,7 +60,7 @@ def apart(few: Any, many: Any) -> tuple[float, float]:
 
 def without_kernels(run: Callable[[], Any]) -> Any:
     """run(), its programs made of XLA's own operations."""
-    with mock.patch.dict(os.environ, {native.ENVIRONMENT: "xla"}):
+    with mock.patch.dict(os.environ, {ENVIRONMENT: "xla"}):
         return run()
 
 
@@ -274,8 +274,10 @@ def growth(repeats: int, note: Callable[[str], None]) -> Iterator[dict[str, Any]
 def experts(repeats: int, note: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """One expert layer of the mid-size model by back end and tokens, even routing and lopsided, beside products that are
     grouped perfectly: as many rows an expert as the mean, already in place, in one product of XLA's for all of them."""
-    from djax.models import expert_cpu, moe
-    from djax.models.layers import gated
+    from djax.kernels import dispatch, experts_cpu
+    from djax.kernels import experts as back_ends
+    from djax.kernels.plain import gated
+    from djax.models import moe
 
     width, count, top = midsize.HF["hidden_size"], midsize.HF["num_experts"], midsize.HF["num_experts_per_tok"]
     keys = jax.random.split(jax.random.key(0), 4)
@@ -304,13 +306,15 @@ def experts(repeats: int, note: Callable[[str], None]) -> Iterator[dict[str, Any
         even = jax.random.normal(keys[3], (width, count)) * width**-0.5
         alike = x.at[: tokens * 7 // 8].set(x[0])  # most masks of a canvas are alike, and go to the same experts
         routed, routed_alike = (moe.route(some, even, top, renormalise=False) for some in (x, alike))
-        contenders = {"tiles": layer(moe.grouped, x, routed), "dense": layer(moe.dense, x, routed)}
-        contenders["tiles, 7 of 8 tokens alike"] = layer(moe.grouped, alike, routed_alike)
-        if (why_not := expert_cpu.why_not(w_in.shape, x.dtype, w_in.dtype)) is None:
-            cpu = partial(moe.grouped, summed=expert_cpu.summed)
+        contenders = {"tiles": layer(back_ends.grouped, x, routed), "dense": layer(back_ends.dense, x, routed)}
+        contenders["tiles, 7 of 8 tokens alike"] = layer(back_ends.grouped, alike, routed_alike)
+        case = dispatch.Experts(tokens, w_in.shape, x.dtype, w_in.dtype)
+        choice = dispatch.choose(case, "cpu", dispatch.foresee_site("djax", None))
+        if choice.back_end.name == "C++":
+            cpu = partial(back_ends.grouped, summed=experts_cpu.summed)
             contenders["C++"], contenders["C++, 7 of 8 tokens alike"] = layer(cpu, x, routed), layer(cpu, alike, routed_alike)
         else:
-            note(f"djax's own C++ is not compared: {why_not}")
+            note(f"djax's own C++ is not compared: {choice.refused[0][1]}")
         contenders["perfectly grouped"] = perfectly(x)
         for name, times in in_turns(contenders, repeats, lambda _: None).items():
             note(f"experts, {tokens} tokens, {name}: {1e3 * statistics.median(times):.2f} ms")

@@ -14,12 +14,12 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save_file
 
-from djax import native
 from djax.checks import plain_text, show, whole_number, word
 from djax.compilation import enable_cache
 from djax.directories import free, new_directory
 from djax.errors import OptionError
 from djax.generate import ask, compiled
+from djax.kernels.choice import restrict_to_portable
 from djax.model import Model, computing, known_model
 from djax.options import show_options
 from djax.process import with_own_settings
@@ -86,7 +86,9 @@ def export_program(
     refuse_lists(options, "one for all rows, since an exported program takes one set of numbers")
     asked = _asked(model, prompt_length, rows, options, "export_program")
     (request,), numbers = asked.asks, jax.tree.leaves(asked.plugs)
+    kernels = restrict_to_portable(asked.kernels)
     spec, request = asked.spec(model, request), request._replace(numbers=())
+    spec = dataclasses.replace(spec, traced=False, kernels=kernels)
     parameters = {".".join(path): leaf for path, leaf in traverse_util.flatten_dict(model.params).items()}
     numbers = [np.asarray(n, dtype_of(n)) for n in numbers]
 
@@ -94,7 +96,7 @@ def export_program(
         params = traverse_util.unflatten_dict(parameters, sep=".")
         each = tuple(jnp.broadcast_to(n, (len(request["prompt"]), *n.shape)) for n in numbers)
         whole = dict.fromkeys(left_out, ())
-        out: Rows = decode(params, Request(**request, **whole, numbers=each), spec=dataclasses.replace(spec, traced=False))
+        out: Rows = decode(params, Request(**request, **whole, numbers=each), spec=spec)
         return {name: getattr(out, name) for name in _RESULTS}
 
     # What this program would not read it does not take: nobody passes a temperature that is ignored.
@@ -102,7 +104,7 @@ def export_program(
     fields = {name: value for name, value in request._asdict().items() if name not in ("numbers", *left_out)}
     arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (parameters, fields, numbers))
     allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in _UNPROMISED]
-    with computing(model), native.portable(), _assume_device(platform):
+    with computing(model, kernels), _assume_device(platform):
         exported = jax.export.export(jax.jit(program), platforms=[platform], disabled_checks=allowed)(*arguments)
     manifest = {
         "jax": jax.__version__,

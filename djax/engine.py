@@ -14,7 +14,6 @@ from djax.compilation import enable_cache
 from djax.errors import BatchError, CanvasError, OptionError
 from djax.generate import Generation, Timing, ask, read_row, unfinished
 from djax.model import Model, computing, known_model
-from djax.native import kernels_wanted
 from djax.options import show_options
 from djax.process import with_own_settings
 from djax.program import BLOCK_FINISHED, NO_EVENT, ROW_ENDED, Request, join, run, start
@@ -174,10 +173,10 @@ class Engine:
             raise BatchError("Engine: an earlier call failed on the device, and its rows with it; make a new engine")
         arguments = (self._model.params, *arguments)
         program = partial(function, spec=self._spec)
-        key = name, kinds(arguments), self._spec, kernels_wanted()
+        key = name, kinds(arguments), self._spec
 
         def compile_program() -> Any:
-            with computing(self._model):
+            with computing(self._model, self._spec.kernels):
                 return jax.jit(program, donate_argnums=(1,) if donate else ()).lower(*arguments).compile()
 
         compiled = PROGRAMS.get(key, compile_program)[0]

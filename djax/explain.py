@@ -10,6 +10,7 @@ from djax.checks import show, type_name
 from djax.decoding.contract import Tick
 from djax.errors import OptionError
 from djax.generate import ask
+from djax.kernels.dispatch import foresee_site
 from djax.model import Model
 from djax.options import show_options
 from djax.process import with_own_settings
@@ -105,15 +106,15 @@ def _facts(model: Model, asked: Asked, ask: Request, b: int) -> dict[str, str]:
         "canvas": f"{prompt} of the prompt + {total - prompt} = {total} positions, in a program for {rows} rows of {length}",
         "free to change": f"prompts and lengths up to {length} positions together, seeds, early_stop, {_leaves(asked)}",
         "compiles anew": "what is not listed above: another number of rows, block_length, kind of plug or static number",
-        **_back_ends(model),
+        **_back_ends(model, asked),
         "memory": f"parameters {_size(model.parameter_bytes)}, " + ", ".join(f"{n} {_size(s)}" for n, s in carried.items()),
     }
 
 
-def _back_ends(model: Model) -> dict[str, str]:
-    platform, held = jax.default_backend(), jnp.dtype(model.quantized or model.dtype)
-    forms = model.family.back_ends(model.config, platform, model.dtype, held)
-    return {layer: f"{form} (on {platform})" for layer, form in forms.items()}
+def _back_ends(model: Model, asked: Asked) -> dict[str, str]:
+    site, held = foresee_site(asked.kernels, model.mesh), jnp.dtype(model.quantized or model.dtype)
+    forms = model.family.back_ends(model.config, site, model.dtype, held)
+    return {layer: f"{form} (on {site.host})" for layer, form in forms.items()}
 
 
 def _leaves(asked: Asked) -> str:

@@ -13,7 +13,6 @@ from djax import stop, text
 from djax.compilation import enable_cache
 from djax.errors import TripCapError
 from djax.model import Model, computing
-from djax.native import kernels_wanted
 from djax.options import make_options, show_options
 from djax.process import with_own_settings
 from djax.program import Request, Rows, decode
@@ -108,14 +107,14 @@ def ask(model: Model, prompts: Any, options: Mapping[str, Any], caller: str) -> 
 def compiled(model: Model, asked: Asked, ask: Request) -> tuple[Any, float]:
     """The compiled decode of one request, and the seconds it took to get it: 0 if this process had it already."""
     spec = asked.spec(model, ask)
-    key = kinds((model.params, ask)), spec, kernels_wanted()
+    key = kinds((model.params, ask)), spec
 
     def compile_program() -> Any:
         # A function of its own, so that jax's caches let go of it with the program.
         program = partial(decode, spec=spec)
         if model.mesh is not None:
             program = over_rows(program, model.mesh, ask)
-        with computing(model):
+        with computing(model, spec.kernels):
             return jax.jit(program).lower(model.params, ask).compile()
 
     return PROGRAMS.get(key, compile_program)

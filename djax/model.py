@@ -18,10 +18,10 @@ from djax import prompts
 from djax.checks import reading, show, type_name, whole_number
 from djax.compilation import enable_cache
 from djax.errors import BatchError, CanvasError, OptionError, PromptError
+from djax.kernels.choice import Kernels, read_choice, use_kernels
 from djax.models.family import Family
 from djax.models.quantized import SCALE
 from djax.models.sight import see
-from djax.native import kernels_wanted
 from djax.process import own_settings, with_own_settings
 from djax.programs import PROGRAMS, kinds
 from djax.sharding import DATA
@@ -122,10 +122,14 @@ def device_memory() -> int:
 
 
 @contextmanager
-def computing(model: Model) -> Iterator[None]:
+def computing(model: Model, kernels: Kernels | None = None) -> Iterator[None]:
     """What a model's programs are traced under: its mesh, and full float32 products for float32 parameters, which GPUs would
-    otherwise round to TF32; the platform's own choice for bfloat16, whose products are exact in float32 anyway."""
-    with own_settings(), contextlib.ExitStack() as stack:
+    otherwise round to TF32; the device's own choice for bfloat16, whose products are exact in float32 anyway.
+
+    kernels: which ones the programs may have; None: what DJAX_KERNELS asks for now. What is traced never reads it.
+    """
+    kernels = read_choice() if kernels is None else kernels
+    with own_settings(), use_kernels(kernels), contextlib.ExitStack() as stack:
         if model.dtype == jnp.float32:
             stack.enter_context(jax.default_matmul_precision("highest"))
         if model.mesh is not None:
@@ -173,14 +177,15 @@ def logits(model: Model, tokens: Any, lengths: Any = None, *, block_length: int 
     block = None if block_length is None else np.int32(block_length)
     tokens, lengths, offsets = _canvases(model, tokens, lengths)
     enable_cache()
+    kernels = read_choice()
     # A function of its own, so that jax's caches let go of it with the program.
     program = partial(_logits, family=model.family, config=model.config)
     arguments = (model.params, tokens.astype(np.int32), lengths.astype(np.int32), block)
-    with computing(model):
+    with computing(model, kernels):
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(model.params)):
             out = program(*arguments)  # inside a transformation of the caller's
         else:
-            key = (_logits, model.family, model.config, kernels_wanted(), kinds(arguments))
+            key = (_logits, model.family, model.config, kernels, kinds(arguments))
             run, _ = PROGRAMS.get(key, lambda: jax.jit(program).lower(*arguments).compile())
             out = run(*arguments)
     if not offsets.any():

@@ -7,9 +7,10 @@ canvas, forwards and refreshes it gets alone, whenever it joined.
 """
 
 import dataclasses
-from functools import partial, reduce
+from collections.abc import Callable
+from functools import partial, reduce, wraps
 from operator import or_
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,11 @@ import jax.numpy as jnp
 from djax.caching.contract import Plan, Policy
 from djax.decoding.contract import Decoder, Look, Tick, Verdict
 from djax.decoding.not_before import NotBefore
+from djax.kernels.choice import Kernels, use_kernels
+from djax.kernels.sight import HIDDEN_RANK
 from djax.models.family import Family
 from djax.models.layers import Cache
-from djax.models.sight import HIDDEN_RANK, rank_keys, see
+from djax.models.sight import rank_keys, see
 from djax.process import make_key
 from djax.smoothing import Smoothing
 from djax.trace import Record
@@ -31,6 +34,7 @@ LONG = 512
 # The events that end a `run` early: none, a row has ended, a row has finished a block.
 NO_EVENT, ROW_ENDED, BLOCK_FINISHED = range(3)
 Plugs = tuple[Decoder, Policy, Smoothing | None]
+R = TypeVar("R")
 
 
 class Request(NamedTuple):
@@ -70,7 +74,7 @@ class Spec:
 
     family, config: of the model. block: S. sampled: decoders get a random key. traced: every forward is recorded.
     plugs: the tree of decoder, policy and smoothing, without their numbers. kinds: their classes. truncated: rows may draw from
-    fewer than all tokens.
+    fewer than all tokens. kernels: which ones the program may have.
     """
 
     family: Family
@@ -81,6 +85,7 @@ class Spec:
     plugs: Any
     kinds: tuple
     truncated: bool = False
+    kernels: Kernels = "djax"
 
     def build(self, numbers: Any) -> Plugs:
         """Decoder, policy and smoothing with these numbers."""
@@ -213,6 +218,18 @@ def list_widths(batch: int, length: int) -> tuple[int, ...]:
     return (*(-(-length // parts // 64) * 64 for parts in (4, 2)), length)
 
 
+def _with_its_kernels(function: Callable[..., R]) -> Callable[..., R]:
+    """A function of a spec, traced with the kernels that the spec names, whoever traces it."""
+
+    @wraps(function)
+    def traced(*arguments: Any, spec: Spec, **others: Any) -> R:
+        with use_kernels(spec.kernels):
+            return function(*arguments, spec=spec, **others)
+
+    return traced
+
+
+@_with_its_kernels
 def start(params: Any, ask: Request, *, spec: Spec) -> Carry:
     """The carry before the first forward of its rows. Those with an empty canvas are free slots."""
     batch, length = ask.tokens.shape
@@ -254,6 +271,7 @@ def _as_it_stands(tokens: jax.Array, start: jax.Array, drafts: int, block: int) 
     return jnp.broadcast_to(here[:, None, :], (len(tokens), drafts, block))
 
 
+@_with_its_kernels
 def join(params: Any, carry: Carry, ask: Request, b: jax.Array, *, spec: Spec) -> Carry:
     """The carry with the one row of `ask` in slot b, whose row must have ended. Its cache is not touched: what is there is
     hidden until the row's first refresh replaces it."""
@@ -261,6 +279,7 @@ def join(params: Any, carry: Carry, ask: Request, b: jax.Array, *, spec: Spec) -
     return carry._replace(rows=_put_row(carry.rows, new.rows, b), asks=_put_row(carry.asks, new.asks, b))
 
 
+@_with_its_kernels
 def run(params: Any, carry: Carry, turns: jax.Array | None = None, until: jax.Array | None = None, *, spec: Spec) -> Carry:
     """Go on until every row has ended or, with `turns` and `until` (int32 scalars), until so many turns are spent or the event
     happens (`ROW_ENDED`, `BLOCK_FINISHED`, `NO_EVENT`).

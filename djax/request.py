@@ -15,6 +15,7 @@ from djax.checks import INT32_MAX, boolean, plug, reading, real_number, show, ty
 from djax.decoding import DECODERS
 from djax.decoding.contract import Decoder, Look, Tick, Verdict
 from djax.errors import BatchError, CanvasError, OptionError
+from djax.kernels.choice import Kernels, traced_kernels, with_wanted_kernels
 from djax.model import Model, device_memory, known_model
 from djax.options import Options
 from djax.plugs import spelled
@@ -45,6 +46,7 @@ class Asked:
     truncated: bool
     traced: bool
     single: bool
+    kernels: Kernels = "djax"
 
     def block(self, ask: Request) -> int:
         """S: a block, however long, is never more than the canvas."""
@@ -54,9 +56,11 @@ class Asked:
         """What is static to the program of a request."""
         plugs, kinds = jax.tree.structure(self.plugs), tuple(map(classes, self.plugs))
         truncated = self.sampled and self.truncated
-        return Spec(model.family, model.config, self.block(ask), self.sampled, self.traced, plugs, kinds, truncated)
+        block = self.block(ask)
+        return Spec(model.family, model.config, block, self.sampled, self.traced, plugs, kinds, truncated, self.kernels)
 
 
+@with_wanted_kernels
 def prepare(model: Model, prompts: Any, options: Options) -> Asked:
     """Check the arguments of `djax.generate`, whose docstring has their meaning, and lay its prompts out. Compiles nothing.
 
@@ -111,7 +115,7 @@ def prepare(model: Model, prompts: Any, options: Options) -> Asked:
             raise OptionError(f"decoder: expected at most {block_length} drafts, the block_length, got {show(plugs[0])}")
     sampled, truncated = max(heats) > 0 or plugs[0].draws, min(map(np.float32, top_p)) < 1 or max(top_k) > 0
     stops = [stops[i : i + group] for i in range(0, count, group)]
-    asked = Asked(asks, stops, plugs, block_length, sampled, bool(truncated), trace, single)
+    asked = Asked(asks, stops, plugs, block_length, sampled, bool(truncated), trace, single, traced_kernels())
     _try_plugs(model, asks[0], plugs, asked.block(asks[0]), sampled)
     for ask in asks:
         check_memory(model, ask, plugs, asked.block(ask))

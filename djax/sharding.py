@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -74,15 +73,6 @@ def _distinct(devices: Any, most: int) -> list[jax.Device]:
 def split() -> bool:
     """Whether a mesh is set whose model axis splits anything; a caller's own mesh, with other axes, is none of ours."""
     return jax.sharding.get_abstract_mesh().shape.get(MODEL, 1) > 1
-
-
-def dtype_of_sums(dtype: Any) -> Any:
-    """The dtype in which a `shard_map` adds values of this one over devices.
-
-    Float32 on a CPU. XLA's CPU compiler aborts the process on a bfloat16 sum that a `shard_map` with automatic axes makes:
-    it promotes such sums, and cannot clone the copy that their region then ends with.
-    """
-    return jnp.promote_types(dtype, jnp.float32) if jax.default_backend() == "cpu" else dtype
 
 
 def check(given: Any) -> Mesh:

@@ -55,10 +55,12 @@ def pytest_configure(config):
 
 def pytest_runtest_setup(item):
     if item.get_closest_marker("cpp"):
-        from djax import native
+        from djax.kernels import dispatch
+        from djax.kernels.choice import read_choice
 
-        if (why_not := native.why_not("float32")) is not None:
-            pytest.skip(f"without djax's C++ functions: {why_not}")
+        choice = dispatch.choose(dispatch.Attention(32, "float32"), "cpu", dispatch.foresee_site(read_choice(), None))
+        if choice.refused:
+            pytest.skip(f"without djax's C++ functions: {choice.refused[0][1]}")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -12,7 +12,8 @@ from tiny import DENSE, LLADA2
 import djax
 from djax import sharding
 from djax.benchmarks import devices
-from djax.models import expert_kernel, moe
+from djax.kernels import experts, experts_gpu
+from djax.models import moe
 
 # Every decoder and every cache at least once, with and without smoothing; `djax bench devices` takes all pairs and more meshes.
 COMBINATIONS = [
@@ -57,11 +58,11 @@ def same_experts() -> None:
     shapes = (40, 64), (64, 16), (16, 64, 128), (16, 64, 64)
     x, router, w_in, w_out = (jax.random.normal(next(keys), shape) / 8 for shape in shapes)
     routing, valid = moe.route(x, router, 3, renormalise=False), jnp.arange(40) < 33
-    chosen = partial(moe.grouped, summed=partial(expert_kernel.summed, interpret=True))
-    for kernels in (chosen, partial(moe.dense_kernel, interpret=True)):
+    chosen = partial(experts.grouped, summed=partial(experts_gpu.summed, interpret=True))
+    for kernels in (chosen, partial(experts.dense_kernel, interpret=True)):
         with jax.set_mesh(sharding.mesh(model=8)):
             got = jax.jit(kernels)(x, routing, w_in, w_out, valid)
-        np.testing.assert_allclose(got[:33], moe.plain(x, routing, w_in, w_out, valid)[:33], atol=1e-5)
+        np.testing.assert_allclose(got[:33], experts.plain(x, routing, w_in, w_out, valid)[:33], atol=1e-5)
 
 
 def same_int8() -> None:

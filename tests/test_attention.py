@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from djax.models import attention_cpu
-from djax.models.attention import fused, on_cpu, plain, suits
+from djax.kernels import dispatch
+from djax.kernels.attention import fused, on_cpu, plain
+from djax.kernels.sight import HIDDEN_RANK, Sight
 from djax.models.layers import rotary_angles
-from djax.models.sight import HIDDEN_RANK, Sight, rank_keys, see_in_order
+from djax.models.sight import rank_keys, see_in_order
 
 # On a machine with a GPU the kernel itself runs.
 INTERPRET = jax.default_backend() == "cpu"
@@ -197,19 +198,27 @@ def test_what_is_not_finite_stays_so(form):
 
 @pytest.mark.cpp
 def test_widths_they_do_not_take_go_the_plain_way():
-    assert suits(128) and suits(64) and not suits(80) and not suits(16)
-    assert attention_cpu.why_not(96, jnp.float32) is None
-    assert attention_cpu.why_not(80, jnp.float32) == "heads of width 80 are no whole multiple of 32"
+    def choose(head_dim, platform):
+        case = dispatch.Attention(head_dim, jnp.float32)
+        return dispatch.choose(case, platform, dispatch.foresee_site("djax", None))
+
+    on_gpu = [choose(head_dim, "cuda").back_end.name for head_dim in (128, 64, 80, 16)]
+    assert on_gpu == ["Pallas", "Pallas", "XLA", "XLA"]
+    assert choose(96, "cpu").back_end.name == "C++"
+    assert choose(80, "cpu").refused[0][1] == "heads of width 80 are no whole multiple of 32"
 
 
 @pytest.mark.cpp
 def test_the_plain_form_can_be_chosen():
     """For whoever mistrusts the kernels."""
     code = (
-        "import jax; from djax.models import attention, moe; w = jax.ShapeDtypeStruct((8, 64, 128), 'float32')\n"
-        "print(attention.suits(128), *(moe.form(p, 999, w, w.dtype) for p in ('cuda', 'cpu')))"
+        "import jax.numpy as jnp; from djax.kernels import dispatch, choice; f32 = jnp.float32\n"
+        "site = dispatch.foresee_site(choice.read_choice(), None)\n"
+        "cases = dispatch.Attention(128, f32), dispatch.Experts(999, (8, 64, 128), f32, f32)\n"
+        "asked = (cases[0], 'cuda'), (cases[1], 'cuda'), (cases[1], 'cpu')\n"
+        "print(*(dispatch.choose(case, platform, site).back_end.name for case, platform in asked))"
     )
-    for form, expected in (("djax", "True kernels cpu kernel"), ("xla", "False dense tiles")):
+    for form, expected in (("djax", "Pallas Pallas C++"), ("xla", "XLA dense tiles")):
         done = subprocess.run(
             [sys.executable, "-c", code], env=os.environ | {"DJAX_KERNELS": form}, capture_output=True, text=True, cwd="/"
         )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from djax.caching import CACHES
 from djax.decoding import DECODERS, Credit, Edit, Entropy, Factor, Fixed, Hierarchy, Threshold
-from djax.decoding.contract import _peaks_on_cpu, _plain_peaks, peaks
+from djax.kernels.vocabulary import find_peaks, peaks_on_cpu, plain_peaks
 from djax.pytree import classes
 from djax.smoothing import Smoothing
 
@@ -412,7 +412,7 @@ def vocabularies():
 @pytest.mark.cpp
 def test_one_visit_of_the_vocabulary_finds_what_xla_s_passes_find():
     for logits, mask_id in vocabularies():
-        got, expected = _peaks_on_cpu(logits, mask_id), _plain_peaks(logits, mask_id)
+        got, expected = peaks_on_cpu(logits, mask_id), plain_peaks(logits, mask_id)
         for name in ("other", "highest", "of_mask_id"):
             np.testing.assert_array_equal(getattr(got, name), getattr(expected, name), err_msg=name)
         np.testing.assert_allclose(got.total, expected.total, rtol=2e-6)
@@ -421,8 +421,8 @@ def test_one_visit_of_the_vocabulary_finds_what_xla_s_passes_find():
 @pytest.mark.cpp
 def test_a_position_s_peaks_do_not_depend_on_the_others():
     for logits, mask_id in itertools.islice(vocabularies(), 8):
-        together = _peaks_on_cpu(logits, mask_id)
-        alone = _peaks_on_cpu(logits[1:, 1:2], mask_id)
+        together = peaks_on_cpu(logits, mask_id)
+        alone = peaks_on_cpu(logits[1:, 1:2], mask_id)
         for one, other in zip(alone, together, strict=True):
             np.testing.assert_array_equal(one, other[1:, 1:2])
 
@@ -434,7 +434,7 @@ def test_a_decode_asks_for_the_peaks_once():
 
     def step(logits):
         _, tokens, _ = decide(Threshold(0.9), (), logits, np.ones((1, 4), bool), mask_id=MASK)
-        return tokens, peaks(logits, jnp.int32(MASK)).total
+        return tokens, find_peaks(logits, jnp.int32(MASK)).total
 
     text = jax.jit(step).lower(logits).compile().as_text()
     assert text.count('custom_call_target="djax_peaks') == 1
@@ -444,6 +444,6 @@ def test_a_decode_asks_for_the_peaks_once():
 def test_a_gradient_through_the_peaks():
     for logits, mask_id in itertools.islice(vocabularies(), 4):
         got, expected = (
-            jax.grad(lambda x, f=f, m=mask_id: jnp.sum(f(x, m).total))(logits) for f in (_peaks_on_cpu, _plain_peaks)
+            jax.grad(lambda x, f=f, m=mask_id: jnp.sum(f(x, m).total))(logits) for f in (peaks_on_cpu, plain_peaks)
         )
         np.testing.assert_allclose(got, expected, atol=1e-5)

@@ -1,6 +1,7 @@
 """FreeDave: what the authors' own code does, and the tokens of its static decode under every cache."""
 
 import dataclasses
+import itertools
 import json
 
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ def test_the_authors_traces(dense, trace):
     if trace["method"] == "freedave" and trace["settings"]["confidence_threshold"] is None:
         # A forward writes what it accepted and what follows; the authors write that with the next event.
         written = [events[wrote == f] for f in range(out.forwards) if (wrote == f).any()]
-        assert all(one.max() <= two.min() for one, two in zip(written, written[1:], strict=False))
+        assert all(one.max() <= two.min() for one, two in itertools.pairwise(written))
 
 
 def prompts():

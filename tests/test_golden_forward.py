@@ -11,8 +11,9 @@ from conftest import GOLDENS
 
 import djax
 from djax.convert.llada2 import order_rotated
+from djax.kernels.plain import flat, rotate
 from djax.models import moe
-from djax.models.layers import Cache, flat, rotary_angles, rotate
+from djax.models.layers import Cache, rotary_angles
 from djax.models.sight import rank_keys, see
 from djax.models.transformer import Layer
 

@@ -25,9 +25,9 @@ ALLOWED = {
     "djax/bounded_jinja.py": "",
     "djax/chat_template.py": "bounded_jinja errors",
     "djax/text.py": "chat_template checks errors prompts tokenizer_files",
-    "djax/native": "errors files private sharding",
-    "djax/models": "convert errors models native process sharding",
-    "djax/decoding": "checks decoding errors native pytree sharding",
+    "djax/kernels": "errors files kernels private sharding",
+    "djax/models": "convert errors kernels models process sharding",
+    "djax/decoding": "checks decoding errors kernels.vocabulary pytree",
     "djax/caching": "caching checks decoding.contract pytree",
     "djax/smoothing.py": "checks pytree",
     "djax/trace.py": "",
@@ -40,21 +40,21 @@ ALLOWED = {
     "djax/source.py": "checkpoint_files consistency convert errors files models sharding text",
     "djax/sharding.py": "checks errors process",
     "djax/model.py": (
-        "checks compilation errors models.family models.quantized models.sight native process programs prompts sharding"
+        "checks compilation errors kernels.choice models.family models.quantized models.sight process programs prompts sharding"
     ),
     "djax/program.py": (
-        "caching.contract decoding.contract decoding.not_before models.family models.layers "
+        "caching.contract decoding.contract decoding.not_before kernels.choice kernels.sight models.family models.layers "
         "models.sight process smoothing trace"
     ),
     "djax/checkpoint.py": "checks convert directories errors model models process sharding source",
     "djax/conversion.py": "checkpoint convert directories errors files process source",
-    "djax/request.py": ("caching checks decoding errors model options plugs process program pytree smoothing stop text"),
-    "djax/generate.py": (
-        "compilation errors model native options process program programs pytree request sharding stop text trace"
+    "djax/request.py": (
+        "caching checks decoding errors kernels.choice model options plugs process program pytree smoothing stop text"
     ),
-    "djax/engine.py": ("checks compilation errors generate model native options process program programs request"),
-    "djax/explain.py": ("checks decoding.contract errors generate model options process program request"),
-    "djax/ahead.py": ("checks compilation directories errors generate model native options process program request"),
+    "djax/generate.py": ("compilation errors model options process program programs pytree request sharding stop text trace"),
+    "djax/engine.py": ("checks compilation errors generate model options process program programs request"),
+    "djax/explain.py": ("checks decoding.contract errors generate kernels.dispatch model options process program request"),
+    "djax/ahead.py": ("checks compilation directories errors generate kernels.choice model options process program request"),
     "djax/presets.py": "caching checks configs decoding errors options pytree smoothing",
     "djax/pictures": "errors files pictures",
     "djax/cli": (
@@ -67,7 +67,8 @@ ALLOWED = {
         "source training"
     ),
     "djax/training": (
-        "checkpoint compilation directories errors files generate model models options process sharding text training"
+        "checkpoint compilation directories errors files generate kernels.choice kernels.sight model "
+        "models options process sharding text training"
     ),
 }
 
@@ -93,6 +94,40 @@ def test_the_arrows():
                     assert allows, f"{file.relative_to(ROOT)} imports {name}"
 
 
+# What only djax/kernels may name: how a program asks for its platform, and what it calls there.
+OF_KERNELS = set("ffi pallas triton native platform_dependent default_backend why_not DJAX_KERNELS".split())
+PLATFORMS = set("cpu gpu cuda rocm tpu".split())
+# What says for which platform a program is made, or that a command computes on none but a CPU.
+NAMES_PLATFORMS = {"djax/ahead.py": PLATFORMS | {"default_backend"}, "djax/cli": {"cpu"}}
+
+
+def named(file):
+    """Every identifier and every string of a file but its docstrings and texts for people, which hold spaces."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.keyword | ast.arg):
+            yield node.arg
+        elif isinstance(node, ast.alias):
+            yield from node.name.split(".")
+        elif isinstance(node, ast.ImportFrom):
+            yield from (node.module or "").split(".")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_only_kernels_name_a_back_end():
+    files = [file for file in (ROOT / "djax").rglob("*.py") if ROOT / "djax/kernels" not in file.parents]
+    for file in files:
+        place = file.relative_to(ROOT).as_posix()
+        may = set().union(*(names for start, names in NAMES_PLATFORMS.items() if place.startswith(start)))
+        assert not ((OF_KERNELS | PLATFORMS) - may) & set(named(file)), place
+    kernels = set().union(*(named(file) for file in (ROOT / "djax/kernels").rglob("*.py")))
+    assert set("ffi pallas native platform_dependent default_backend DJAX_KERNELS cpu cuda".split()) <= kernels
+
+
 def test_flax_lives_in_models_and_where_trees_are_read():
     users = {f.relative_to(ROOT).as_posix() for f in (ROOT / "djax").rglob("*.py") if any("flax" in n for n in imported(f))}
     assert users == {
@@ -116,3 +151,10 @@ def test_no_torch_or_pickle_in_the_source():
     for file in [*(ROOT / "djax").rglob("*.py"), *(ROOT / "convert").rglob("*.py")]:
         assert not {"torch", "pickle"} & {n.split(".")[0] for n in imported(file)}, file
         assert "trust_remote_code=True" not in file.read_text()
+
+
+def test_the_choice_of_kernels_is_read_at_public_doors_alone():
+    """Never by what is traced, whose program it would change behind the back of the caches' keys."""
+    readers = {"read_choice", "with_wanted_kernels"}
+    found = {f.relative_to(ROOT).as_posix() for f in (ROOT / "djax").rglob("*.py") if readers & set(named(f))}
+    assert found == {"djax/kernels/choice.py", "djax/model.py", "djax/request.py", "djax/training/train.py"}

@@ -1,11 +1,15 @@
 """Products with weights: the C++ form on a CPU against XLA's."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from djax.models import linear, quantized
+from djax.kernels import dispatch, linear
+from djax.kernels.weights import Int8, product
+from djax.models import quantized
 
 pytestmark = pytest.mark.cpp
 SPECS = {
@@ -26,7 +30,7 @@ def arrays(spec, dtype=jnp.float32):
 @pytest.mark.parametrize("spec", SPECS)
 def test_it_equals_xla_s_product(spec, dtype, wide):
     x, w = arrays(spec, dtype)
-    assert linear.why_not(spec, x, w) is None
+    assert "@djax_dense" in jax.jit(partial(linear.linear, spec)).lower(x, w).as_text()
     got = linear.on_cpu(spec, x, w, wide)
     expected = jnp.einsum(spec, x, w, preferred_element_type=jnp.float32 if wide else None)
     assert (got.dtype, got.shape) == (expected.dtype, expected.shape) and (got.dtype == jnp.float32 or not wide)
@@ -40,7 +44,7 @@ def test_int8_weights_are_what_they_stand_for(name, spec, dtype):
     x, w = arrays(spec)
     w = np.asarray(w) * np.arange(1, w.shape[-1] + 1, dtype=np.float32)  # scales that differ
     (_, held), (_, scale) = quantized.quantize((name,), w)
-    got = linear.on_cpu(spec, x.astype(dtype), quantized.Int8(jnp.asarray(held), jnp.asarray(scale)))
+    got = linear.on_cpu(spec, x.astype(dtype), Int8(jnp.asarray(held), jnp.asarray(scale)))
     expected = jnp.einsum(spec, x.astype(dtype).astype(jnp.float32), held * scale)
     assert got.dtype == dtype
     close = (1e-5 if dtype == jnp.float32 else 1e-2) * float(jnp.max(jnp.abs(expected)))
@@ -63,8 +67,8 @@ def test_a_gradient_through_int8_weights():
     spec = "bwhk,hkd->bwd"
     x, w = arrays(spec)
     (_, held), (_, scale) = quantized.quantize(("o",), np.asarray(w))
-    held = quantized.Int8(jnp.asarray(held), jnp.asarray(scale))
-    got, expected = (jax.grad(lambda x, f=f: jnp.sum(jnp.sin(f(spec, x, held))))(x) for f in (linear.on_cpu, quantized.product))
+    held = Int8(jnp.asarray(held), jnp.asarray(scale))
+    got, expected = (jax.grad(lambda x, f=f: jnp.sum(jnp.sin(f(spec, x, held))))(x) for f in (linear.on_cpu, product))
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
@@ -80,7 +84,10 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it():
 
 def test_sizes_it_does_not_take_go_the_plain_way():
     x, w = jnp.ones((3, 24)), jnp.ones((24, 64))
-    assert linear.why_not("wd,dv->wv", x, w) == "sums over 24 and 64 outputs are no whole multiples of 16 and 64"
+    case = dispatch.Product(24, 64, x.dtype, w.dtype)
+    choice = dispatch.choose(case, "cpu", dispatch.foresee_site("djax", None))
+    assert choice.back_end.name == "XLA"
+    assert choice.refused[0][1] == "sums over 24 and 64 outputs are no whole multiples of 16 and 64"
     np.testing.assert_array_equal(linear.linear("wd,dv->wv", x, w), jnp.full((3, 64), 24.0))
     with pytest.raises(AssertionError, match="dw,dv->wv"):
         linear.linear("dw,dv->wv", jnp.ones((24, 3)), w)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import djax
-from djax import native
+from djax.kernels import native
 
 pytestmark = pytest.mark.cpp
-ASK = "import jax.numpy as jnp; from djax import native; print(native.why_not(jnp.float32))"
+ASK = "import jax.numpy as jnp; from djax.kernels import native; print(native.why_not(jnp.float32))"
 
 
 def asked(code=ASK, **environment):

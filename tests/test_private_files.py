@@ -18,8 +18,9 @@ import pytest
 from killed import die_at, end, start
 
 import djax
-from djax import compilation, files, native
+from djax import compilation, files
 from djax.errors import DjaxError, OptionError, PathError
+from djax.kernels import native
 from djax.private import check_contents, default_directory, private_directory, read_private
 
 root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to other users")
@@ -221,7 +222,7 @@ with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
     print(djax.generate(model, "Hi", gen_length=8, block_length=8).forwards > 0)
 print([str(w.message) for w in told if "no compile cache" in str(w.message)])
-from djax import native
+from djax.kernels import native
 print(native.why_not("float32"))
 try:
     djax.load("org/name")
@@ -524,7 +525,7 @@ def test_whole_processes_with_a_planted_library(evil, tmp_path, monkeypatch):
     cxx = compiler(tmp_path, f"cp {tmp_path}/real $out")
     (place / "planted").write_bytes(data)
     (place / f"{key}.so").symlink_to(place / "planted")
-    code = "from djax import native; print(native.why_not('float32'))"
+    code = "from djax.kernels import native; print(native.why_not('float32'))"
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "CXX": cxx}
     command, options = [sys.executable, "-c", code], dict(env=environment, stdout=subprocess.PIPE, text=True, cwd="/")
     asked = [subprocess.Popen(command, **options) for _ in range(3)]
@@ -615,7 +616,7 @@ def test_a_child_that_holds_the_pipe_is_not_waited_for(kept, workshop, good, tmp
 def test_a_compiler_reads_no_question(kept, workshop, good, tmp_path):
     """djax's standard input stays djax's."""
     cxx = compiler(tmp_path, f"cat > {tmp_path}/read; cp {workshop}/good.so $out")
-    code = f"from pathlib import Path; from djax import native; native._make((), Path({str(kept)!r})); print(input())"
+    code = f"from pathlib import Path; from djax.kernels import native; native._make((), Path({str(kept)!r})); print(input())"
     done = run(sys.executable, "-c", code, input="a question\n", environment={"CXX": cxx})
     assert (done.stdout, (tmp_path / "read").read_text()) == ("a question\n", "")
 

@@ -25,8 +25,8 @@ def test_wheel(tmp_path):
     for needed in (
         "djax/convert/llada_moe.py",
         "djax/configs/small.py",
-        "djax/native/kernels.cpp",
-        "djax/native/tile.h",
+        "djax/kernels/native/kernels.cpp",
+        "djax/kernels/native/tile.h",
         "djax/small/model.safetensors",
         "djax/tiny_td/model.safetensors",
     ):

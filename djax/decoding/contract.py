@@ -22,13 +22,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from djax import native
 from djax.checks import MOST_NESTED, plug, reading, show
 from djax.errors import OptionError
-from djax.sharding import split
-
-# A logit that excludes a token; finite, so that a probability of 0 times its logarithm is 0 and not NaN.
-NEVER = -1e30
+from djax.kernels.vocabulary import find_best, find_peaks, find_two_best
 
 
 class Tick(NamedTuple):
@@ -186,14 +182,14 @@ def candidates(look: Look) -> tuple[jax.Array, jax.Array, jax.Array]:
     """
     logits, masked, mask_id = look.logits, look.masked, look.mask_id
     if look.key is None:
-        found = peaks(logits, mask_id)
+        found = find_peaks(logits, mask_id)
         other, highest, of_mask_id, _ = found
     else:
         noise = jax.random.gumbel(look.key, logits.shape, logits.dtype, mode="low")
         noisy = logits + look.temperature * noise
         if look.top_p is not None and look.top_k is not None:
             noisy = jnp.where(keep_likeliest(logits, mask_id, look.temperature, look.top_p, look.top_k), noisy, -jnp.inf)
-        other, highest, of_mask_id = _two_best(noisy, mask_id)
+        other, highest, of_mask_id = find_two_best(noisy, mask_id)
     is_mask = (of_mask_id > highest) | ((of_mask_id == highest) & (mask_id < other))
     candidate = masked & ~is_mask
     stuck = ~jnp.any(candidate)
@@ -218,7 +214,7 @@ def keep_likeliest(
     positions, vocab = logits.shape
     ids = jnp.arange(vocab, dtype=jnp.int32)[None, :]
     is_mask_id = ids == mask_id
-    # By rank and not by comparing with the last logit left: XLA may compute the logits anew, rounded differently (`best`).
+    # By rank and not by comparing with the last logit left: XLA may compute the logits anew, rounded differently (`find_best`).
     falling = jnp.where(is_mask_id, jnp.inf, -logits)
     falling, order = jax.lax.sort((falling, jnp.broadcast_to(ids, logits.shape)), num_keys=1, is_stable=True)
     last = jnp.clip(jnp.where(top_k > 0, top_k, vocab) - 1, 0, vocab - 1)
@@ -233,98 +229,18 @@ def keep_likeliest(
     return jnp.zeros(logits.shape, bool).at[rows, order].set(inside, unique_indices=True) | is_mask_id
 
 
-class Peaks(NamedTuple):
-    """Of each position's logits: the likeliest token besides the mask id, int32, the lowest id on ties; its logit and the mask
-    id's; the sum of all exponentials, shifted by the higher of the two. All `[S]`."""
-
-    other: jax.Array
-    highest: jax.Array
-    of_mask_id: jax.Array
-    total: jax.Array
-
-    def share(self, chosen: jax.Array) -> jax.Array:
-        """exp(chosen logit) over the sum of all exponentials."""
-        return jnp.exp(chosen - jnp.maximum(self.highest, self.of_mask_id)) / self.total
-
-
-def peaks(logits: jax.Array, mask_id: jax.Array) -> Peaks:
-    """See `Peaks`; logits float32 `[..., V]`. On a CPU a fused C++ kernel does this in one pass when available; XLA needs
-    five."""
-    vocab = logits.shape[-1]
-    if vocab % 16 or logits.dtype != jnp.float32 or split() or native.why_not(logits.dtype) is not None:
-        return _plain_peaks(logits, mask_id)
-    return jax.lax.platform_dependent(logits, mask_id, cpu=_peaks_on_cpu, default=_plain_peaks)
-
-
-def _plain_peaks(logits: jax.Array, mask_id: jax.Array) -> Peaks:
-    other, highest, of_mask_id = _two_best(logits, mask_id)
-    top = jnp.maximum(highest, of_mask_id)
-    return Peaks(other, highest, of_mask_id, jnp.sum(jnp.exp(logits - top[..., None]), axis=-1))
-
-
-@jax.custom_batching.custom_vmap
-def _fused_peaks(logits: jax.Array, mask_id: jax.Array) -> Peaks:
-    flat = logits.reshape(-1, logits.shape[-1])
-    whole, real = (jax.ShapeDtypeStruct((len(flat),), dtype) for dtype in (jnp.int32, jnp.float32))
-    run = jax.ffi.ffi_call(native.target("djax_peaks", flat.dtype), (whole, real, real, real))
-    return Peaks(*(a.reshape(logits.shape[:-1]) for a in run(flat, mask_id)))
-
-
-@_fused_peaks.def_vmap
-def _flatten_peaks(size: int, batched: list, logits: jax.Array, mask_id: jax.Array) -> tuple[Peaks, Peaks]:
-    """All rows in one call of the kernel, which takes rows of logits and one mask id."""
-    if batched == [True, False]:
-        return _fused_peaks(logits, mask_id), Peaks(*[True] * 4)
-    mapped = jax.vmap(_plain_peaks, [0 if one else None for one in batched])
-    return mapped(logits, mask_id), Peaks(*[True] * 4)
-
-
-@jax.custom_vjp
-def _peaks_on_cpu(logits: jax.Array, mask_id: jax.Array) -> Peaks:
-    return _fused_peaks(logits, mask_id)
-
-
-_peaks_on_cpu.defvjp(
-    lambda *arguments: (_peaks_on_cpu(*arguments), arguments), lambda saved, d: jax.vjp(_plain_peaks, *saved)[1](d)
-)
-
-
-def _two_best(logits: jax.Array, mask_id: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The likeliest token besides the mask id, its logit and the mask id's."""
-    is_mask_id = jnp.expand_dims(jnp.arange(logits.shape[-1]) == mask_id, range(logits.ndim - 1))
-    other, highest = best(jnp.where(is_mask_id, -jnp.inf, logits))
-    # By a reduction: of a vocabulary that is split over devices a gather would fetch it in a step of its own.
-    return other, highest, jnp.max(jnp.where(is_mask_id, logits, -jnp.inf), axis=-1)
-
-
-def best(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The token of the highest logit, int32 `[...]` for logits `[..., V]`, the lowest id on ties, and that logit.
-
-    Two plain reductions: XLA's own argmax carries value and index together, which no CPU vectorises (five times as slow
-    at a vocabulary of 32,000). Ids are exact in float32 below 2**23. Where a logit is NaN the token is the last id.
-    """
-    vocab = logits.shape[-1]
-    ids = jnp.arange(vocab, dtype=jnp.float32)
-    highest = jnp.max(logits, axis=-1)
-    # XLA may compute the logits anew for the second reduction, and round a product and a sum once where it rounded twice
-    # before. So if none equals the highest, the first that nearly does is meant.
-    nearly = (highest - 1e-5 * (1 + jnp.abs(highest)))[..., None]
-    at = jnp.where(logits == highest[..., None], ids, jnp.where(logits >= nearly, vocab + ids, float(2 * vocab - 1)))
-    return jnp.min(at, axis=-1).astype(jnp.int32) % vocab, highest
-
-
 def best_and_probability(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The token of the highest logit, as `best` has it, and its probability."""
-    tokens, highest = best(logits)
+    """The token of the highest logit, as `find_best` has it, and its probability."""
+    tokens, highest = find_best(logits)
     return tokens, _share(highest, logits, highest)
 
 
 def probability(logits: jax.Array, tokens: jax.Array, mask_id: jax.Array) -> jax.Array:
     """softmax(logits)[tokens], float32 `[...]`.
 
-    From the same `peaks` as `candidates`: XLA then sums the exponentials once for both.
+    From the same `find_peaks` as `candidates`: XLA then sums the exponentials once for both.
     """
-    return peaks(logits, mask_id).share(jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0])
+    return find_peaks(logits, mask_id).share(jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0])
 
 
 def _share(chosen: jax.Array, logits: jax.Array, top: jax.Array) -> jax.Array:

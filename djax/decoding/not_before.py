@@ -4,12 +4,10 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from djax import native
-from djax.decoding.contract import NEVER, Decoder, Look, Verdict
+from djax.decoding.contract import Decoder, Look, Verdict
+from djax.kernels.vocabulary import exclude
 from djax.pytree import pytree
-from djax.sharding import split
 
 
 @pytree
@@ -47,34 +45,3 @@ class NotBefore(Decoder):
 
         logits = jax.vmap(shape)(look.logits) if self.drafts else shape(look.logits)
         return self.inner.step(state, look._replace(logits=logits))
-
-
-def exclude(logits: jax.Array, where: jax.Array, ids: tuple[int, ...]) -> jax.Array:
-    """Logits `[S, V]` with `NEVER` at the ids in the positions `where` bool `[S]`."""
-
-    def columns(logits: jax.Array, where: jax.Array) -> jax.Array:
-        for one in ids:
-            column = jnp.where(where[:, None], NEVER, logits[:, one : one + 1])
-            logits = jax.lax.dynamic_update_slice(logits, column, (0, one))
-        return logits
-
-    def everywhere(logits: jax.Array, where: jax.Array) -> jax.Array:
-        excluded = jnp.any(jnp.arange(logits.shape[-1])[:, None] == jnp.array(ids)[None, :], axis=-1)
-        return jnp.where(where[:, None] & excluded[None, :], NEVER, logits)
-
-    @jax.custom_batching.custom_vmap
-    def run(logits: jax.Array, where: jax.Array) -> jax.Array:
-        # A GPU reads the logits through this, and writes none of it; a CPU would write all of them again.
-        if split() or native.why_not(logits.dtype) is not None:
-            return everywhere(logits, where)
-        return jax.lax.platform_dependent(logits, where, cpu=columns, default=everywhere)
-
-    @run.def_vmap
-    def flatten(size: int, batched: list, logits: jax.Array, where: jax.Array) -> tuple[jax.Array, bool]:
-        """All rows as one: mapped, an update of columns would become a scatter."""
-        logits, where = (
-            a if mapped else jnp.broadcast_to(a, (size, *a.shape)) for a, mapped in zip((logits, where), batched, strict=True)
-        )
-        return run(logits.reshape(-1, logits.shape[-1]), where.reshape(-1)).reshape(logits.shape), True
-
-    return run(logits, where)

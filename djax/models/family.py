@@ -8,10 +8,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from djax.models import moe
-from djax.models.attention import described
+from djax.kernels import dispatch
+from djax.kernels.choice import without_kernels
+from djax.kernels.sight import Sight
 from djax.models.layers import Cache, by_head
-from djax.models.sight import Sight, Visibility
+from djax.models.sight import Visibility
 from djax.models.transformer import Transformer
 from djax.process import make_key
 
@@ -49,12 +50,14 @@ class Family:
     def abstract(self, config: Any, dtype: Any) -> Any:
         """The parameters' tree without values: boxed `ShapeDtypeStruct`s that know their logical axes."""
         tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-        return jax.eval_shape(self.network(config, dtype).init, make_key(0), tokens, tokens)["params"]
+        with without_kernels():
+            return jax.eval_shape(self.network(config, dtype).init, make_key(0), tokens, tokens)["params"]
 
     def init(self, config: Any, key: jax.Array, dtype: Any = jnp.float32) -> Any:
         """Random parameters, normal with variance 1 / fan-in."""
         tokens = jnp.zeros((1, 2), jnp.int32)
-        variables = jax.jit(self.network(config, dtype).init)(key, tokens, tokens)
+        with without_kernels():
+            variables = jax.jit(self.network(config, dtype).init)(key, tokens, tokens)
         return nn.meta.unbox(variables["params"])
 
     def embed(self, params: Any, config: Any, tokens: jax.Array) -> jax.Array:
@@ -133,11 +136,15 @@ class Family:
         dtype = params["embedding"].dtype
         return tuple((by_head(jnp.zeros(shape, dtype)), by_head(jnp.zeros(shape, dtype))) for _ in range(config.layers))
 
-    def back_ends(self, config: Any, platform: str, dtype: jnp.dtype, held: jnp.dtype) -> dict[str, str]:
-        """Which form of each layer a program for this platform has, for people to read. dtype: of what is computed; held: of
-        the matrices."""
-        forms = {"attention": described(platform, config.head_dim, dtype)}
+    def back_ends(self, config: Any, site: dispatch.Site, dtype: jnp.dtype, held: jnp.dtype) -> dict[str, str]:
+        """What computes each kind of layer in a program of this site, for people to read.
+
+        dtype: of what is computed; held: of the matrices.
+        """
+        found = {"attention": dispatch.describe(dispatch.Attention(config.head_dim, dtype), site)}
         if not self.has_experts:
-            return forms
-        w_in = jax.ShapeDtypeStruct((config.experts, config.width, 2 * config.expert_width), held)
-        return {"experts": moe.described(platform, w_in, dtype)} | forms
+            return found
+        w_in = (config.experts, config.width, 2 * config.expert_width)
+        # Of the most tokens at once, whose description holds for fewer, too.
+        case = dispatch.Experts(dispatch.DENSE + 1, w_in, dtype, held)
+        return {"experts": dispatch.describe(case, site)} | found

@@ -1,17 +1,12 @@
-"""The maths every family shares: normalisation, rotary positions, attention over cached and fresh keys."""
+"""What every family shares besides its kernels: the cache, rotary angles, and where arrays lie on a mesh."""
 
-from functools import reduce
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from djax.models.sight import Sight
 from djax.sharding import split
-
-# Finite, so that a query which sees nothing (a padded window position) gives a number instead of NaN.
-HIDDEN = -1e30
 
 
 class Cache(NamedTuple):
@@ -37,24 +32,6 @@ def by_head(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(None, "model", None)) if split() else x
 
 
-def flat(x: jax.Array) -> jax.Array:
-    """Keys or values `[B, G, L, K]` as a cache holds them."""
-    return x.reshape(*x.shape[:2], -1)
-
-
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square normalisation over the last axis in float32; rounded to x's dtype before the weight (as HF does)."""
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return x32.astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
-
-
-def gated(h: jax.Array) -> jax.Array:
-    """SwiGLU on `[..., 2F]`, gate half first."""
-    gate, up = jnp.split(h, 2, axis=-1)
-    return jax.nn.silu(gate) * up
-
-
 def rotary_angles(positions: jax.Array, head_dim: int, theta: float, rotated: int | None = None) -> tuple[jax.Array, jax.Array]:
     """cos and sin, float32 `[B, W, K / 2]`, of the half-split rotary embedding at `positions` int32 `[B, W]`.
 
@@ -66,48 +43,3 @@ def rotary_angles(positions: jax.Array, head_dim: int, theta: float, rotated: in
     frequency = jnp.pad(frequency, (0, (head_dim - rotated) // 2))
     angle = positions[..., None].astype(jnp.float32) * frequency[None, None, :]
     return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Apply rotary embedding to `x` `[B, W, heads, K]`, in the wider dtype of x and the angles; the result is in x's."""
-    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    low, high = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
-
-
-def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    sight: Sight,
-    cached: tuple[jax.Array, jax.Array] | None = None,
-    cached_rank: jax.Array | None = None,
-) -> jax.Array:
-    """Attention of a window over the cached and its own positions that each of its queries sees.
-
-    q `[B, W, H, K]`; k, v `[B, G, W, K]`, H a multiple of G; cached (k, v) `[B, G, L * K]` with ranks int32 `[B, L]`.
-    Returns `[B, W, H, K]`. Scores and softmax are float32, one softmax over cached and fresh keys
-    together, so that they compete exactly as they would in a full forward.
-    """
-    batch, window, heads, head_dim = q.shape
-    groups = k.shape[1]
-    q = q.reshape(batch, window, groups, heads // groups, head_dim)
-
-    def scores(q: jax.Array, keys: jax.Array, seen: jax.Array) -> jax.Array:
-        s = jnp.einsum("bwghk,bglk->bghwl", q, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
-        return jnp.where(seen[:, None, None, :, :], s, HIDDEN)
-
-    parts = [(scores(q, k, sight.sees_fresh()), v)]
-    if cached is not None:
-        cached_k, cached_v = (a.reshape(batch, groups, -1, head_dim) for a in cached)
-        # XLA would join two products with one left side, and copy the cache beside the window's keys to do so.
-        parts.append((scores(jax.lax.optimization_barrier(q), cached_k, sight.sees_cached(cached_rank)), cached_v))
-    top = reduce(jnp.maximum, (jnp.max(s, axis=-1, keepdims=True) for s, _ in parts))
-    weights = [jnp.exp(s - top) for s, _ in parts]
-    total = sum(jnp.sum(p, axis=-1) for p in weights)
-    out = sum(
-        jnp.einsum("bghwl,bglk->bghwk", p.astype(v.dtype), values, preferred_element_type=jnp.float32)
-        for p, (_, values) in zip(weights, parts, strict=True)
-    )
-    out = (out / total[..., None]).astype(v.dtype)
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, window, heads, head_dim)

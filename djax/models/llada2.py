@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from djax.convert import llada2
+from djax.kernels.experts import experts
 from djax.models import moe
 from djax.models.family import Family
 from djax.models.hf import EndIds, Reader
@@ -153,7 +154,7 @@ class MoELayer(Layer):
         w_out = self.matrix("w_out", (c.experts, c.expert_width, c.width), ("expert", None, "embed"), c.expert_width)
         routing = moe.route_in_groups(flat, router, bias, c.top, c.expert_groups, c.top_groups, c.router_scale)
         self.sow("routing", "choice", (routing.probs, routing.ids))
-        y = moe.experts(flat, routing, w_in, w_out, valid.reshape(-1)).reshape(h.shape)
+        y = experts(flat, routing, w_in, w_out, valid.reshape(-1)).reshape(h.shape)
         return y + self.mlp("shared", h, c.expert_width)
 
 

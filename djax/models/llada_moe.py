@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from djax.convert import llada_moe
+from djax.kernels.experts import experts
 from djax.models import moe
 from djax.models.family import Family
 from djax.models.hf import EndIds, Reader
@@ -115,7 +116,7 @@ class MoELayer(Layer):
         routing = moe.route(flat, router, c.top, c.renormalise)
         # Collected only where a caller asks for it (the trainer's load-balancing loss).
         self.sow("routing", "choice", (routing.probs, routing.ids))
-        return moe.experts(flat, routing, w_in, w_out, valid.reshape(-1)).reshape(h.shape)
+        return experts(flat, routing, w_in, w_out, valid.reshape(-1)).reshape(h.shape)
 
 
 FAMILY = Family(

@@ -6,11 +6,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from djax.models.attention import attention
-from djax.models.layers import Cache, replicated, rms_norm, rotary_angles
-from djax.models.linear import linear
-from djax.models.quantized import SCALE, Int8, Weights, product
-from djax.models.sight import Sight
+from djax.kernels.attention import attention
+from djax.kernels.linear import linear
+from djax.kernels.plain import rms_norm
+from djax.kernels.sight import Sight
+from djax.kernels.weights import Int8, Weights, product
+from djax.models.layers import Cache, replicated, rotary_angles
+from djax.models.quantized import SCALE
 
 
 class Transformer(nn.Module):

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from djax.models.sight import Sight
+from djax.kernels.sight import Sight
 
 SMALLEST_RATIO = 1e-3  # keeps 1/t finite, as in LLaDA's own guideline
 

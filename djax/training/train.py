@@ -17,6 +17,7 @@ from djax import checkpoint, text
 from djax.compilation import enable_cache
 from djax.directories import new_directory
 from djax.errors import CheckpointError, OptionError
+from djax.kernels.choice import with_wanted_kernels
 from djax.model import Model
 from djax.models import FAMILIES
 from djax.models.family import Family
@@ -126,6 +127,7 @@ class _Hashable:
 
 
 @with_own_settings
+@with_wanted_kernels
 def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 20, console: Any = None) -> Model:
     """Train, or go on training, in `directory`; returns the model and leaves it in `directory/model` in HF layout.
 

@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from djax import native
-from djax.models.quantized import Int8, Weights, product, values
-from djax.sharding import split
+from djax.kernels import dispatch, native
+from djax.kernels.weights import Int8, Weights, product, values
 
 
 def linear(spec: str, x: jax.Array, w: Weights, wide: bool = False) -> jax.Array:
@@ -23,9 +22,9 @@ def linear(spec: str, x: jax.Array, w: Weights, wide: bool = False) -> jax.Array
     the C++ function: a row of the result is the same, bit for bit, whatever rows are beside it.
     """
     whole = partial(jnp.einsum, spec, preferred_element_type=jnp.float32) if wide else partial(product, spec)
-    if split() or why_not(spec, x, w) is not None:
-        return whole(x, w)
-    return jax.lax.platform_dependent(x, w, cpu=partial(on_cpu, spec, wide=wide), default=whole)
+    _, summed, outs = _sizes(spec, x.shape, w.shape)
+    case = dispatch.Product(summed, outs, x.dtype, values(w).dtype)
+    return dispatch.run(case, {"C++": partial(on_cpu, spec, wide=wide), "XLA": whole}, x, w)
 
 
 def on_cpu(spec: str, x: jax.Array, w: Weights, wide: bool = False) -> jax.Array:
@@ -46,14 +45,6 @@ def on_cpu(spec: str, x: jax.Array, w: Weights, wide: bool = False) -> jax.Array
 
     run.defvjp(lambda *a: (run(*a), a), backward)
     return run(x, w)
-
-
-def why_not(spec: str, x: jax.Array, w: Weights) -> str | None:
-    """Why the function cannot be had for such a product; None where it can."""
-    _, summed, outs = _sizes(spec, x.shape, w.shape)
-    if summed % 16 or outs % 64 or not summed or not outs:
-        return f"sums over {summed} and {outs} outputs are no whole multiples of 16 and 64"
-    return native.why_not(x.dtype, values(w).dtype)
 
 
 def _call(spec: str, x: jax.Array, w: Weights, wide: bool) -> jax.Array:

@@ -1,69 +1,23 @@
-"""Attention of a window over cached and fresh keys: heads normalised, rotated and attended, in three forms behind one function.
+"""Attention as one Pallas kernel, for GPUs.
 
-The plain form is XLA's own operations. On a CUDA GPU one Pallas kernel does the same from the projection's output on, and
-nothing of size window x canvas is in memory; on a CPU one C++ function.
+Nothing of size window x canvas is in memory.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
-from djax.models import attention_cpu
-from djax.models.layers import HIDDEN, attend, flat, rms_norm, rotate
-from djax.models.sight import HIDDEN_RANK, Sight
-from djax.native import kernels_wanted
-from djax.sharding import split
+from djax.kernels.plain import HIDDEN, flat
+from djax.kernels.sight import HIDDEN_RANK, Sight
 
 Pair = tuple[jax.Array, jax.Array]
 # Rows of a tile. Tensor cores take no fewer than 16; more would leave a GPU that has two heads of a window with nothing to do.
 QUERIES, CACHED, FRESH = 16, 64, 32
 
 
-def attention(
-    qkv: jax.Array,
-    norms: Pair | None,
-    angles: Pair,
-    sight: Sight,
-    cached: Pair | None,
-    cached_rank: jax.Array | None,
-    eps: float,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Normalise and rotate queries and keys, then attend.
-
-    qkv `[B, W, G, H / G + 2, K]`: a group's queries, its key, its value. norms: weights `[K]` of the queries' and the
-    keys' normalisation, None where a family has none. angles: cos and sin `[B, W, K / 2]` (`layers.rotary_angles`); their
-    dtype, if wider, is what heads are rotated in. sight, cached, cached_rank: as in `attend`.
-    Returns the attended values `[B, W, H, K]` and the window's k (after rotary) and v, `[B, G, W * K]` each.
-    The form is chosen when the program is lowered: the kernel on CUDA if it `suits`, the C++ function on a CPU if it can be
-    had, else the plain one.
-    """
-    arguments, head_dim = (qkv, norms, angles, sight, cached, cached_rank), qkv.shape[-1]
-    forms = {"cuda": fused} if suits(head_dim) else {}
-    forms |= {"cpu": on_cpu} if attention_cpu.why_not(head_dim, qkv.dtype) is None else {}
-    return jax.lax.platform_dependent(*arguments, **{p: partial(f, eps=eps) for p, f in (forms | {"default": plain}).items()})
-
-
-def suits(head_dim: int) -> bool:
-    """Whether the kernel takes heads of this width: it works on halves, whose size must be a power of two, at least 16. None
-    where DJAX_KERNELS=xla."""
-    return kernels_wanted() and head_dim in (32, 64, 128, 256)
-
-
-def described(platform: str, head_dim: int, dtype: Any) -> str:
-    """The form that a platform's programs have, for people to read."""
-    if platform in ("cuda", "gpu") and suits(head_dim):
-        return "one Pallas kernel"
-    if platform != "cpu":
-        return "XLA's products"
-    why_not = attention_cpu.why_not(head_dim, dtype)
-    return f"XLA's products; not djax's own C++, since {why_not}" if why_not else "djax's own C++"
-
-
-def plain(
+def call(
     qkv: jax.Array,
     norms: Pair | None,
     angles: Pair,
@@ -72,68 +26,12 @@ def plain(
     cached_rank: jax.Array | None,
     *,
     eps: float,
+    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`attention` in XLA's own operations: the oracle."""
-    batch, window, groups, slots, head_dim = qkv.shape
-    q = qkv[:, :, :, :-2].reshape(batch, window, groups * (slots - 2), head_dim)
-    k = qkv[:, :, :, -2]
-    if norms is not None:
-        q, k = (rms_norm(x, norm, eps) for x, norm in zip((q, k), norms, strict=True))
-    k = rotate(k, *angles).swapaxes(1, 2)
-    v = qkv[:, :, :, -1].swapaxes(1, 2)
-    return attend(rotate(q, *angles), k, v, sight, cached, cached_rank), flat(k), flat(v)
+    """The kernel on one device; arguments and results as `attention.plain` has them.
 
-
-def fused(*arguments: Any, eps: float, interpret: bool = False) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`attention` as one Pallas kernel; arguments and gradient as `plain` has them.
-
-    interpret: run the kernel's operations one by one, on any platform, for tests.
+    interpret: run its operations one by one, on any platform, for tests.
     """
-    return _whole(partial(_call, eps=eps, interpret=interpret), arguments, eps)
-
-
-def on_cpu(*arguments: Any, eps: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`attention` as one C++ function; arguments and gradient as `plain` has them."""
-    return _whole(partial(attention_cpu.call, eps=eps), arguments, eps)
-
-
-def _whole(call: Callable[..., tuple], arguments: tuple, eps: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """call(*arguments) with the gradient of `plain`; under a mesh each device runs it for its own heads."""
-    _, norms, _, sight, cached, cached_rank = arguments
-
-    @jax.custom_vjp
-    def run(*arguments: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        if not split():
-            return call(*arguments)
-        heads, kv = P(None, None, "model"), P(None, "model")
-        # An argument that is None has no part in the tree, and no place.
-        specs = (
-            heads,
-            None if norms is None else (P(), P()),
-            (P(), P()),
-            jax.tree.map(lambda _: P(), sight),
-            None if cached is None else (kv, kv),
-            None if cached_rank is None else P(),
-        )
-        shards = jax.shard_map(call, in_specs=specs, out_specs=(heads, kv, kv), axis_names={"model"}, check_vma=False)
-        return shards(*arguments)
-
-    run.defvjp(lambda *a: (run(*a), a), lambda a, d: jax.vjp(partial(plain, eps=eps), *a)[1](d))
-    return run(*arguments)
-
-
-def _call(
-    qkv: jax.Array,
-    norms: Pair | None,
-    angles: Pair,
-    sight: Sight,
-    cached: Pair | None,
-    cached_rank: jax.Array | None,
-    *,
-    eps: float,
-    interpret: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The kernel on one device."""
     # Half a second to import, for the programs of a GPU alone.
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu

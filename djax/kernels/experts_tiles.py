@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from djax.models.layers import gated
-from djax.models.quantized import Weights, at, product
+from djax.kernels.plain import gated
+from djax.kernels.weights import Weights, at, product
 
 
 class Groups(NamedTuple):

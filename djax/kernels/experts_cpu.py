@@ -9,22 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from djax import native
-from djax.models import expert_tiles
-from djax.models.quantized import Int8, Weights, values
-
-
-def why_not(shape: tuple[int, int, int], dtype: Any, held: Any) -> str | None:
-    """Why the function cannot be had for experts of this shape, `[E, D, 2F]`, held in one dtype and applied to values of
-    another; None where it can."""
-    _, width, both = shape
-    if width % 64 or both % 64:
-        return f"width {width} and expert width {both // 2} are no whole multiples of 64 and 32"
-    return native.why_not(dtype, held)
+from djax.kernels import experts_tiles, native
+from djax.kernels.weights import Int8, Weights, values
 
 
 def summed(x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights) -> jax.Array:
-    """Each token's sum over its chosen experts, `[T, D]`; arguments, result and gradient as `expert_tiles.summed`'s.
+    """Each token's sum over its chosen experts, `[T, D]`; arguments, result and gradient as `experts_tiles.summed`'s.
 
     Everything between x and the result is float32, in narrower models, too; where a gradient is asked for the choices' outputs
     are rounded. Law: a token's result is the same, bit for bit, whichever tokens are computed with it and however many threads
@@ -38,12 +28,12 @@ def summed(x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: Weights, w_ou
     def forward(x: jax.Array, weights: jax.Array, *rest: Any) -> tuple:
         # The weights' gradient wants the outputs themselves.
         y = _call(x, *rest)
-        return expert_tiles.combine(y, weights), (y, weights, (x, *rest))
+        return experts_tiles.combine(y, weights), (y, weights, (x, *rest))
 
     def backward(saved: tuple, dy: jax.Array) -> tuple:
         y, weights, arguments = saved
-        dy, dweights = jax.vjp(expert_tiles.combine, y, weights)[1](dy)
-        dx, *rest = expert_tiles.backward(arguments, dy)
+        dy, dweights = jax.vjp(experts_tiles.combine, y, weights)[1](dy)
+        dx, *rest = experts_tiles.backward(arguments, dy)
         return dx, dweights, *rest
 
     run.defvjp(forward, backward)

@@ -9,10 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from djax.models import expert_tiles
-from djax.models.layers import gated
-from djax.models.quantized import Int8, Weights, values
-from djax.native import kernels_wanted
+from djax.kernels import experts_tiles
+from djax.kernels.plain import gated
+from djax.kernels.weights import Int8, Weights, values
 
 # Rows of a tile, columns of its output, and how much of the summed axis is read at a time. Some 160 rows an expert in a
 # canvas of LLaDA-MoE: a wider tile would be half empty at the end of most groups.
@@ -21,14 +20,8 @@ ROWS, COLUMNS, DEEP = 64, 64, 32
 WINDOW_ROWS = 128
 
 
-def suits(w_in: tuple[int, int, int]) -> bool:
-    """Whether the kernels take experts of this shape, `[E, D, 2F]`: D and F in whole tiles. None where DJAX_KERNELS=xla."""
-    _, width, both = w_in
-    return kernels_wanted() and width % COLUMNS == 0 and both % (2 * COLUMNS) == 0
-
-
 def chosen(x: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights, interpret: bool = False) -> jax.Array:
-    """Each token's chosen experts' outputs, `[T, J, D]`; arguments, result and gradient as `expert_tiles.chosen`'s.
+    """Each token's chosen experts' outputs, `[T, J, D]`; arguments, result and gradient as `experts_tiles.chosen`'s.
 
     Sums are float32, rounded to x's dtype between the two products and at the end. interpret: run the kernels' operations one
     by one, on any platform, for tests.
@@ -38,15 +31,15 @@ def chosen(x: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights, interpre
     def run(x: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights) -> jax.Array:
         return _run(x, ids, w_in, w_out, interpret)
 
-    run.defvjp(lambda *a: (run(*a), a), expert_tiles.backward)
+    run.defvjp(lambda *a: (run(*a), a), experts_tiles.backward)
     return run(x, ids, w_in, w_out)
 
 
 def summed(
     x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights, interpret: bool = False
 ) -> jax.Array:
-    """`expert_tiles.summed` by the kernels."""
-    return expert_tiles.combine(chosen(x, ids, w_in, w_out, interpret), weights)
+    """`experts_tiles.summed` by the kernels."""
+    return experts_tiles.combine(chosen(x, ids, w_in, w_out, interpret), weights)
 
 
 def _run(x: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights, interpret: bool) -> jax.Array:
@@ -54,7 +47,7 @@ def _run(x: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights, interpret:
     from jax.experimental.pallas import triton as plgpu
 
     (tokens, choices), (count, width, both) = ids.shape, w_in.shape
-    groups = expert_tiles.by_expert(ids, count)
+    groups = experts_tiles.by_expert(ids, count)
     # Each group begins at a tile of its own. How many tiles there are is known only when the program runs, so all that could
     # be are started, and those of no expert (`count`) return at once.
     tiles = pl.cdiv(ids.size, ROWS) + min(count, ids.size)

@@ -1,14 +1,13 @@
 """C++ functions that XLA calls on a CPU, compiled on the machine they run on, once, and kept beside the compiled programs.
 
 They are compiled for the processor and the jaxlib (whose headers come with it) of this machine, so no wheel has to have them;
-where that is not possible djax does without (`why_not`).
+where that is not possible djax does without (`why_not`). Which programs call them, `djax.kernels.dispatch` says.
 
 A library that is kept is code that later runs execute. It lies in a private directory (`djax.private`), ends with its SHA-256,
 and is loaded from a copy in memory of the bytes that were checked, never from the file.
 """
 
 import contextlib
-import contextvars
 import ctypes
 import hashlib
 import itertools
@@ -23,7 +22,6 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +32,7 @@ import jaxlib
 from djax import files
 from djax.errors import OptionError
 from djax.private import default_directory, private_directory, read_private
-from djax.sharding import MODEL
 
-ENVIRONMENT = "DJAX_KERNELS"
 FUNCTIONS = ("djax_experts", "djax_attention", "djax_dense", "djax_peaks")
 COMPILERS = ("c++", "g++", "clang++")
 _SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -51,45 +47,17 @@ _DIGEST = hashlib.sha256().digest_size
 _lock = threading.Lock()
 _loads = itertools.count(1)
 _known: dict[tuple[str, str], str | Exception] = {}
-_portable = contextvars.ContextVar("portable", default=False)
 
 
 class Unavailable(Exception):
     """The functions cannot be had here; the message says why."""
 
 
-@contextlib.contextmanager
-def portable() -> Iterator[None]:
-    """What is traced inside has no such functions: it is to run where djax is not."""
-    token = _portable.set(True)
-    try:
-        yield
-    finally:
-        _portable.reset(token)
-
-
-def kernels_wanted() -> bool:
-    """Whether programs may have djax's own kernels: Pallas on a GPU, C++ on a CPU. DJAX_KERNELS=xla asks for XLA's operations
-    alone: to compare, or in doubt."""
-    form = os.environ.get(ENVIRONMENT, "djax")
-    if form not in ("djax", "xla"):
-        raise OptionError(f"{ENVIRONMENT}: expected 'djax' or 'xla', got {form!r}")
-    return form == "djax"
-
-
 def why_not(dtype: Any, held: Any = None) -> str | None:
-    """Why there are no functions for values of this dtype and weights held in that one (None: the same) in a program that is
-    traced now; None if there are. The first time they are compiled: a few seconds, once a machine."""
-    if not kernels_wanted():
-        return f"{ENVIRONMENT}=xla"
-    if jax.default_backend() != "cpu":
-        return "this process computes elsewhere"
-    if _portable.get():
-        return "the program is to run without djax"
-    mesh = jax.sharding.get_abstract_mesh()
-    others = set(mesh.axis_names) - set(mesh.manual_axes) - {MODEL}
-    if any(mesh.shape[axis] > 1 for axis in others):
-        return "a mesh's axis that XLA splits by itself would have every device compute all"
+    """Why this machine has no functions for values of this dtype and weights held in that one (None: the same); None if it has.
+
+    The first time they are compiled: a few seconds, once a machine. In one process the answer never changes.
+    """
     try:
         _library(*_types(dtype, held))
     except Unavailable as why:

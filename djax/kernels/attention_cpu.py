@@ -3,23 +3,14 @@
 XLA makes some twenty operations of it there, each over a few kilobytes.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from djax import native
-from djax.models.sight import Sight
+from djax.kernels import native
+from djax.kernels.sight import Sight
 
 Pair = tuple[jax.Array, jax.Array]
-
-
-def why_not(head_dim: int, dtype: Any) -> str | None:
-    """Why the function cannot be had for heads of this width; None where it can."""
-    if head_dim % 32:
-        return f"heads of width {head_dim} are no whole multiple of 32"
-    return native.why_not(dtype)
 
 
 def call(
