@@ -168,10 +168,12 @@ def _lower(family: Any, config: Any, mesh: Any, plugs: tuple, quantize: str | No
     def value(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
 
-    per_row = [value((1,), jnp.int32) for _ in range(4)]
-    others = [value((1,), kind) for kind in (jnp.uint32, jnp.float32, jnp.bool_, jnp.int32)]
-    numbers = tuple(value((1,), np.int32 if isinstance(x, int) else np.float32) for x in jax.tree.leaves(plugs))
-    ask = Request(value((1, canvas), jnp.int32), *per_row, *others, numbers)
+    kinds = dict.fromkeys(Request._fields, jnp.int32)
+    kinds |= dict(seed=jnp.uint32, temperature=jnp.float32, top_p=jnp.float32, early_stop=jnp.bool_)
+    fields = {name: value((1,), kind) for name, kind in kinds.items()}
+    fields["tokens"] = value((1, canvas), jnp.int32)
+    fields["numbers"] = tuple(value((1,), np.int32 if isinstance(x, int) else np.float32) for x in jax.tree.leaves(plugs))
+    ask = Request(**fields)
     spec = Spec(family, config, block, False, False, jax.tree.structure(plugs), tuple(map(classes, plugs)))
     # As a process with GPUs traces it, which has no functions for a CPU to choose from.
     spec = dataclasses.replace(spec, kernels=restrict_to_portable(read_choice()))

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ GOLDENS = Path(__file__).parent / "goldens"
 # how sums are rounded and in which kernel: `XLA_FLAGS= pytest` tests what users get, which takes twice the time, and .ci/run
 # tests some of it so.
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+# Of each test, where nothing else is asked for.
+CASES = 3
 PROBE = """
 import sys, jax
 for name in sys.argv[1:]:
@@ -51,6 +54,23 @@ def pytest_configure(config):
         os.environ["DJAX_COMPILE_CACHE"] = str(default_directory() / "tests")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     config.addinivalue_line("markers", "cpp: needs djax's C++ functions, which need a compiler")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is marked
+def pytest_collection_modifyitems(config, items):
+    """Mark all but a few cases of each test as long, spread over its list, so that every test runs and the suite is quick. A
+    test that is asked for by its name runs whole."""
+    if any("::" in argument for argument in config.args):
+        return
+    cases = defaultdict(list)
+    for item in items:
+        if not any(item.get_closest_marker(name) for name in ("long", "every")):
+            cases[item.path, item.originalname].append(item)
+    for listed in cases.values():
+        kept = {round(n * (len(listed) - 1) / (CASES - 1)) for n in range(CASES)}
+        for n, item in enumerate(listed):
+            if len(listed) > CASES and n not in kept:
+                item.add_marker(pytest.mark.long)
 
 
 def pytest_runtest_setup(item):

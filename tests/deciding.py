@@ -36,4 +36,8 @@ def decide(
 
 def _step(decoder, mask_id, floor, temperature, state, logits, tokens, may_write, tick, key):
     at = jnp.arange(len(tokens), dtype=jnp.int32)
-    return decoder.step(state, Look(logits, tokens, may_write, at, tick, mask_id, floor, temperature, key))
+    look = Look(logits, tokens, may_write, at, tick, mask_id, floor, temperature, key)
+    if decoder.drafts:
+        several = [jnp.broadcast_to(a[None], (decoder.drafts, *a.shape)) for a in (logits, tokens)]
+        look = look._replace(logits=several[0], drafts=several[1], read=jnp.int32(1))
+    return decoder.step(state, look)

@@ -26,6 +26,7 @@ def draw_decoder(kind, rng):
         "hierarchy": lambda: djax.Hierarchy(low + rng.uniform(0.1, 0.6), low),
         "factor": lambda: djax.Factor(rng.uniform(0.1, 3)),
         "entropy": lambda: djax.Entropy(rng.uniform(0.1, 3)),
+        "freedave": lambda: djax.FreeDave(djax.Fixed(1, order=str(rng.choice(["confidence", "left"]))), drafts=3),
         "edit": lambda: djax.Edit(djax.Threshold(tau), tau=rng.uniform(0.05, 0.5), post_steps=5),
     }[kind]()
 
@@ -45,7 +46,8 @@ def draw_smoothing(on, rng):
 
 
 # Block() is for another family: test_block_diffusion.py.
-COMBINATIONS = [(d, c, s) for d in DECODERS for c in CACHES if c != "block" for s in (False, True)] + [
+COMBINATIONS = [
+    *((d, c, s) for d in DECODERS for c in CACHES if c != "block" for s in ((False,) if d == "freedave" else (False, True))),
     ("fixed steps", "dual", False),
     ("fixed random", "vicinity", False),
     ("credit over hierarchy", "vicinity", True),

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from djax.caching import CACHES
-from djax.decoding import DECODERS, Credit, Edit, Entropy, Factor, Fixed, Hierarchy, Threshold
+from djax.decoding import DECODERS, Credit, Edit, Entropy, Factor, Fixed, FreeDave, Hierarchy, Threshold
 from djax.kernels.vocabulary import find_peaks, peaks_on_cpu, plain_peaks
 from djax.pytree import classes
 from djax.smoothing import Smoothing
@@ -21,12 +21,16 @@ from djax.smoothing import Smoothing
 ROWS, BLOCK, VOCAB, MASK = 3, 8, 11, 9
 # A plug of every kind, at both ends of its numbers. A decoder that is in the registry but not here fails the test.
 MADE = {
-    "threshold": [Threshold(0.9), Threshold(0.01), Threshold(2.0), Threshold(0.9, slack=0.0)],
-    "fixed": [Fixed(1), Fixed(5), Fixed(steps=3), Fixed(2, order="random"), Fixed(steps=20, order="random")],
+    "threshold": [Threshold(0.9), Threshold(0.01), Threshold(2.0), Threshold(0.9, slack=0.0), Threshold(0.3, order="left")],
+    "fixed": [
+        *(Fixed(1), Fixed(5), Fixed(steps=3), Fixed(2, order="random"), Fixed(steps=20, order="random")),
+        Fixed(2, order="left"),
+    ],
     "credit": [Credit(), Credit(Fixed(2), alpha=3.0, gamma=0.0, beta=1.0)],
     "hierarchy": [Hierarchy(), Hierarchy(high=2.0, low=0.0)],
     "factor": [Factor(), Factor(5.0)],
     "entropy": [Entropy(), Entropy(0.0), Entropy(3.0)],
+    "freedave": [FreeDave(drafts=3), FreeDave(Fixed(1, order="left"), 2), FreeDave(Threshold(0.5), 4)],
     "edit": [Edit(), Edit(Credit(), tau=0.2, post_steps=0), Edit(Fixed(2, order="random"), tau=2.0)],
 }
 PLUGS = [plug for name in DECODERS for plug in MADE[name]]
