@@ -16,7 +16,7 @@ from djax.checks import integer, number
 from djax.distill import verify
 from djax.distill.recording import record
 from djax.distill.settings import Settings
-from djax.distill.store import Problem, Trajectory
+from djax.distill.store import Question, Trajectory
 from djax.distill.trainer import Recipe, train
 from djax.errors import OptionError, TraceError
 from djax.files import expand_home, parse_json, read_text, write
@@ -66,7 +66,7 @@ class Distillation:
             )
 
 
-def read_problems(file: Path, name: str) -> list[Problem]:
+def read_problems(file: Path, name: str) -> list[Question]:
     """Problems from JSON lines. Raises `OptionError`, which names the option and the line."""
     try:
         lines = read_text(file).split("\n")
@@ -87,7 +87,7 @@ def read_problems(file: Path, name: str) -> list[Problem]:
     return problems
 
 
-def generated(problems: Sequence[word_problems.Problem]) -> list[Problem]:
+def generated(problems: Sequence[word_problems.Problem]) -> list[Question]:
     """Word problems as `record` takes them."""
     return [{"prompt": p.question, "result": p.result} for p in problems]
 
@@ -96,7 +96,7 @@ def generated(problems: Sequence[word_problems.Problem]) -> list[Problem]:
 @show_options()
 def judge(
     model: Model,
-    problems: Sequence[Problem],
+    problems: Sequence[Question],
     verifier: verify.Verifier | str,
     *,
     least: float = 1.0,
@@ -126,7 +126,7 @@ def recorded(
     model: Model,
     run: Distillation,
     traces: Path,
-    problems: Sequence[Problem],
+    problems: Sequence[Question],
     verifier: verify.Verifier | str,
     note: Callable[[str], None],
 ) -> tuple[list[Trajectory], dict[str, Any]]:
@@ -160,8 +160,8 @@ def distil(
     run: Distillation,
     directory: str | Path,
     *,
-    problems: Sequence[Problem] | None = None,
-    held_out: Sequence[Problem] | None = None,
+    problems: Sequence[Question] | None = None,
+    held_out: Sequence[Question] | None = None,
     verifier: verify.Verifier | str = "exact",
     traces: str | Path | None = None,
     console: Any = None,

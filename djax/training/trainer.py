@@ -1,0 +1,529 @@
+"""Train a model by any objective on any batches; a run that was killed goes on, bit for bit.
+
+    fit(model, objective, plan, directory, batches=batches)
+
+from-scratch training (`train.py`) and distillation (`djax.distill`) are calls of `fit` that differ
+in their objective, their batches, which weights are trained, and what a log line says.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from djax.checks import flag, integer, number, one_of
+from djax.compilation import enable_cache
+from djax.errors import OptionError, TrainingError
+from djax.files import expand_home
+from djax.model import Model, computing
+from djax.process import make_key, with_own_settings
+from djax.sharding import DATA
+from djax.training.checksum import checksum
+from djax.training.contract import Batches, Draw, Network, Objective, Own, Weights
+from djax.training.run_directory import (
+    append,
+    begin,
+    forget_after,
+    load_state,
+    open_checkpoints,
+    writing,
+)
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How to train, whatever is learned from whatever batches.
+
+    steps:      updates.
+    rows:       examples an update, all devices together, in `accumulate` equal parts, one after
+                another.
+    rate:       peak learning rate of AdamW, reached after `warmup` updates. Every rate of a
+                training is a peak that the one schedule scales.
+    muon:       None, or the peak rate of Muon, which then moves the matrices of attention and
+                experts instead.
+    schedule:   "constant", "cosine" or "linear" to 0 over the last `cooldown` updates, by default
+                all of those after the warm-up.
+    weight_decay, betas, clip: of AdamW, on matrices only (of Muon, on its matrices), and the
+                gradient's largest norm.
+    dtype:      what the network computes in, "float32" or "bfloat16"; parameters and optimizer
+                are float32.
+    precision:  of products of float32 numbers: "highest", or None for the platform's own, which is
+                TF32 on GPUs.
+    remat:      compute each layer's activations again for the gradient instead of keeping them.
+    save_every, evaluate_every, log_every: updates.
+    seed:       of order, noise and new parameters.
+    """
+
+    steps: int
+    rows: int
+    accumulate: int = 1
+    rate: float = 3e-4
+    muon: float | None = None
+    warmup: int = 50
+    schedule: str = "cosine"
+    cooldown: int | None = None
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = 1.0
+    dtype: str = "float32"
+    precision: str | None = "highest"
+    remat: bool = False
+    save_every: int = 100
+    evaluate_every: int = 250
+    log_every: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_plan(self)
+        integer(self, "cooldown", at_least=0, optional=True)
+
+
+def check_plan(plan: Any) -> None:
+    """Check the fields that a `Plan` shares with what it is made from, under that class's name."""
+    for name in ("steps", "rows", "accumulate", "save_every", "evaluate_every", "log_every"):
+        integer(plan, name, at_least=1)
+    for name in ("warmup", "seed"):
+        integer(plan, name, at_least=0)
+    for name in ("rate", "clip"):
+        number(plan, name, above=0)
+    number(plan, "muon", above=0, optional=True)
+    number(plan, "weight_decay", at_least=0)
+    one_of(plan, "schedule", ("constant", "cosine", "linear"))
+    one_of(plan, "dtype", ("float32", "bfloat16"))
+    flag(plan, "remat")
+    if plan.rows % plan.accumulate:
+        name = type(plan).__name__
+        raise OptionError(f"{name}(rows={plan.rows}): expected a multiple of accumulate={plan.accumulate}")
+
+
+def check_rows(plan: Any, model: Model) -> None:
+    """`OptionError` unless the devices' parts of the rows, and those of accumulation, are equal."""
+    if plan.rows % (model.parts * plan.accumulate):
+        raise OptionError(
+            f"{type(plan).__name__}(rows={plan.rows}): expected a multiple of "
+            f"accumulate={plan.accumulate} times the mesh's data={model.parts}"
+        )
+
+
+class State(NamedTuple):
+    """All that a training remembers, and what a checkpoint holds.
+
+    params:    all of the model that is trained (its parameters, or adapters), float32.
+    optimizer: what the optimizer remembers of them.
+    step:      int32 scalar, updates done. Batches and noise are functions of it.
+    own:       the objective's own trained parameters and what their optimizer remembers; () for an
+               objective without. Checkpoints then have no entry for it.
+    """
+
+    params: Any
+    optimizer: Any
+    step: jax.Array
+    own: Any = ()
+
+
+class Frozen(NamedTuple):
+    """What an update reads besides: the model's weights that are not trained (None if all are),
+    and the frozen parameters of the objective."""
+
+    model: Any = None
+    own: Any = ()
+
+
+def make_schedule(plan: Plan, peak: float) -> Schedule:
+    """The learning rate at each update, counted from 0, for a peak."""
+    over = plan.steps - plan.warmup if plan.cooldown is None else plan.cooldown
+
+    def rate(step: jax.Array) -> jax.Array:
+        rise = jnp.minimum(1.0, (step + 1) / max(plan.warmup, 1))
+        left = jnp.clip((plan.steps - step) / max(over, 1), 0.0, 1.0)
+        cosine = 0.5 - 0.5 * jnp.cos(math.pi * left)
+        fall = {"constant": 1.0, "linear": left, "cosine": cosine}[plan.schedule]
+        return peak * (rise * fall)
+
+    return rate
+
+
+def make_optimizer(plan: Plan) -> optax.GradientTransformation:
+    """Clipping, then AdamW, or Muon on the matrices of the layers and Adam on the rest."""
+    rate = make_schedule(plan, plan.rate)
+    if plan.muon is not None:
+        options = dict(weight_decay=plan.weight_decay)
+        options |= dict(adam_b1=plan.betas[0], adam_b2=plan.betas[1])
+        moves = _muon(make_schedule(plan, plan.muon), rate, **options)
+    else:
+
+        def matrices(params: Any) -> Any:
+            return jax.tree.map(lambda a: a.ndim > 1, params)
+
+        moves = optax.adamw(rate, *plan.betas, weight_decay=plan.weight_decay, mask=matrices)
+    return optax.chain(optax.clip_by_global_norm(plan.clip), moves)
+
+
+def _muon(rate: Schedule, adam_rate: Schedule, **options: Any) -> optax.GradientTransformation:
+    """Muon on the matrices of attention and experts, Adam on the rest; options are optax's."""
+    as_matrix = optax.contrib.MuonDimensionNumbers
+    axes = {"qkv": as_matrix(0, (1, 3)), "o": as_matrix((0, 1), 2)}
+    axes |= {"w_in": as_matrix(1, 2), "w_out": as_matrix(1, 2)}
+
+    def matrices(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: axes.get(path[-1].key), params)
+
+    return optax.contrib.muon(rate, adam_learning_rate=adam_rate, muon_weight_dimension_numbers=matrices, **options)
+
+
+def _own_optimizer(objective: Objective, plan: Plan) -> optax.GradientTransformation:
+    """AdamW for the objective's own parameters, clipped apart from the model's."""
+    rate = plan.rate if objective.own_rate is None else objective.own_rate
+    return make_optimizer(dataclasses.replace(plan, rate=rate, muon=None))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setting:
+    """What an update's program is compiled for; compared by identity, so each training compiles
+    its own. places: shardings of the state, None without a mesh."""
+
+    net: Network
+    objective: Objective
+    plan: Plan
+    weights: Weights = Weights()  # noqa: RUF009  (it has no fields)
+    mesh: Any = None
+    places: Any = None
+
+
+def gradient(
+    trained: tuple[Any, Any], frozen: Frozen, batch: Any, draw: Draw, *, of: Setting
+) -> tuple[Any, jax.Array, dict[str, jax.Array]]:
+    """The gradient over all rows, each row's loss, and the parts of the loss.
+
+    trained: the model's trained weights, and the objective's own. The gradient is alike.
+    """
+    plan = of.plan
+
+    def loss(trained: tuple[Any, Any], batch: Any, draw: Draw) -> tuple:
+        params, own = trained
+        # Merged in float32: a narrower model's steps would swallow small changes.
+        wide = jax.tree.map(lambda a: a.astype(jnp.float32), frozen.model)
+        whole = of.weights.whole(params, wide)
+        whole = jax.tree.map(lambda a: a.astype(plan.dtype), whole)
+        return of.objective.loss(of.net, whole, Own(own, frozen.own), batch, draw)
+
+    def one(batch: Any, draw: Draw) -> tuple:
+        (_, (losses, logged)), found = jax.value_and_grad(loss, has_aux=True)(trained, batch, draw)
+        return found, losses, logged
+
+    if plan.accumulate == 1:
+        found, losses, logged = one(batch, draw)
+    else:
+
+        def cut(tree: Any) -> Any:
+            return jax.tree.map(lambda a: a.reshape(plan.accumulate, -1, *a.shape[1:]), tree)
+
+        def part(batch: Any, rows: jax.Array) -> tuple:
+            return one(batch, draw._replace(rows=rows))
+
+        parts = cut(batch), cut(draw.rows)
+        shapes = jax.eval_shape(part, *jax.tree.map(lambda a: a[0], parts))
+        zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (shapes[0], shapes[2]))
+
+        def add(sums: tuple, this: tuple) -> tuple:
+            found, losses, logged = part(*this)
+            return jax.tree.map(jnp.add, sums, (found, logged)), losses
+
+        sums, losses = jax.lax.scan(add, zero, parts)
+        found, logged = jax.tree.map(lambda a: a / plan.accumulate, sums)
+        losses = losses.reshape(-1)
+    if of.net.parts > 1:
+        found, logged = jax.lax.pmean((found, logged), DATA)
+    return found, losses, logged
+
+
+@partial(jax.jit, static_argnames="of", donate_argnums=0)
+def update(state: State, frozen: Frozen, batch: Any, *, of: Setting) -> tuple[State, jax.Array, dict[str, jax.Array]]:
+    """One update on a batch of R rows.
+
+    Returns the state, each row's loss `[R]` (a scalar if the objective is `whole`), and the loss's
+    parts with the gradient's norm.
+    """
+    plan, parts = of.plan, of.net.parts
+    numbers = state.step * plan.rows + jnp.arange(plan.rows)
+    key = make_key(plan.seed)
+    keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(numbers)
+    progress = state.step.astype(jnp.float32) / plan.steps
+    if plan.accumulate > 1 and parts > 1:
+        # A device's rows lie together, its parts one after another in each of the accumulated ones.
+        order = np.arange(plan.rows).reshape(plan.accumulate, parts, -1)
+        order = order.transpose(1, 0, 2).reshape(-1)
+        batch, keys = jax.tree.map(lambda a: a[order], (batch, keys))
+    draw = Draw(jax.random.fold_in(key, state.step), keys, progress)
+    run = partial(gradient, of=of)
+    if parts > 1:
+        specs = P(), P(), P(DATA), Draw(P(), P(DATA), P())
+        run = jax.shard_map(
+            run,
+            mesh=of.mesh,
+            in_specs=specs,
+            out_specs=(P(), P(DATA), P()),
+            axis_names={DATA},
+            check_vma=False,
+        )
+    trained = state.params, state.own[0] if state.own else ()
+    (found, own_found), losses, logged = run(trained, frozen, batch, draw)
+    if plan.accumulate > 1 and parts > 1:
+        losses = losses[np.argsort(order)]
+    logged["gradient norm"] = optax.tree.norm(found)
+    moved = _move(make_optimizer(plan), found, state.params, state.optimizer)
+    own = state.own
+    if own:
+        own = _move(_own_optimizer(of.objective, plan), own_found, *own)
+    new = State(*moved, state.step + 1, own)
+    if of.places is not None:
+        new = jax.lax.with_sharding_constraint(new, of.places)
+    return new, losses, logged
+
+
+def _move(moves: Any, found: Any, params: Any, optimizer: Any) -> tuple[Any, Any]:
+    change, optimizer = moves.update(found, optimizer, params)
+    return optax.apply_updates(params, change), optimizer
+
+
+class Window(NamedTuple):
+    """The updates that one log line is about.
+
+    step: updates done. steps: their numbers. losses: of each its rows' losses. parts: of each the
+    scalars. tokens_per_second: over this process's updates so far, which took `seconds`.
+    """
+
+    step: int
+    steps: list[int]
+    losses: list[np.ndarray]
+    parts: list[dict[str, np.ndarray]]
+    tokens_per_second: int
+    seconds: float
+
+
+def describe_means(window: Window) -> dict[str, Any]:
+    """A log line: the mean loss, and the means of its parts."""
+    entry = {"loss": float(np.mean(window.losses))}
+    names = window.parts[0]
+    entry |= {name: float(np.mean([parts[name] for parts in window.parts])) for name in names}
+    entry = {name: round(value, 5) for name, value in entry.items()}
+    return entry | {"tokens_per_second": window.tokens_per_second, "step": window.step}
+
+
+Evaluate = Callable[[Model], Mapping[str, float]]
+
+
+@with_own_settings
+def fit(
+    model: Model,
+    objective: Objective,
+    plan: Plan,
+    directory: str | Path,
+    *,
+    batches: Batches | None = None,
+    weights: Weights = Weights(),  # noqa: B008  (it has no fields)
+    described: Mapping[str, Any] | None = None,
+    evaluate: Evaluate | None = None,
+    describe: Callable[[Window], dict[str, Any]] = describe_means,
+    keep: int = 1,
+    console: Any = None,
+) -> Model:
+    """Train the model, or go on training it, in `directory`; returns the best model by `evaluate`,
+    or the last without it.
+
+    batches:   where examples come from, by default the objective, if it is `Batches`, too.
+    weights:   which weights are trained.
+    described: what tells this run from others, JSON values; by default plan, objective, batches
+               and the model's checksum. A run goes on only where they are the same.
+    evaluate:  (model) -> figures with a "score", the higher the better; asked every
+               `evaluate_every` updates and at the end.
+    describe:  (window) -> a log line, which has "loss" and "step".
+    keep:      how many of the last checkpoints stay, besides the best one.
+    console:   where progress is shown, by default on standard output.
+
+    `directory` gets run.json, log.jsonl, evaluations.jsonl, and checkpoints/ (Orbax), which are
+    written while training goes on.
+
+    Invariant: a run killed at any moment and started again gives the same parameters, bit for bit
+    on the same number of devices; on another number it sees the same examples and noise.
+    Raises `OptionError` (rows that the mesh does not divide, a directory of another run or one
+    whose checkpoints cannot be read), `TrainingError` (a loss that is not finite, disk full); then
+    the last good checkpoint stays.
+    """
+    from orbax.checkpoint.experimental.v1 import training as orbax
+
+    enable_cache()
+    batches = _check(model, objective, plan, batches)
+    directory = expand_home(directory)
+    if described is None:
+        described = {"plan": repr(plan), "objective": repr(objective), "batches": repr(batches)}
+        described |= {"model": checksum(model)}
+    begin(directory, described)
+    state, frozen = _begin(model, objective, plan, weights)
+    places = None if model.mesh is None else jax.tree.map(lambda a: a.sharding, state)
+    net = Network(model.family, model.config, plan.remat, model.parts)
+    of = Setting(net, objective, plan, weights, model.mesh, places)
+
+    def make_model(params: Any) -> Model:
+        """The model with trained weights, in its own dtypes."""
+        params = weights.whole(params, frozen.model)
+        trained = jax.tree.map(_like, params, model.params)
+        return dataclasses.replace(model, params=trained)
+
+    policies = orbax.preservation_policies
+    kept = [policies.LatestN(keep)]
+    if evaluate is not None:
+        score = dict(get_metric_fn=lambda m: m["score"], keep_checkpoints_without_metrics=False)
+        kept.append(policies.BestN(n=1, **score))
+    log, scores = directory / "log.jsonl", directory / "evaluations.jsonl"
+    with open_checkpoints(directory, policies.AnyPreservationPolicy(kept)) as saved:
+        if saved.latest is not None:
+            state = _load(saved, saved.latest.step, state, directory)
+        first = int(state.step)
+        forget_after(log, first)
+        forget_after(scores, first)
+        with _show_progress(console) as bar:
+            fields = dict(loss=float("nan"), speed=0.0)
+            task = bar.add_task("training", total=plan.steps, completed=first, **fields)
+            began, seen, pending = time.perf_counter(), 0, []
+            for step in range(first, plan.steps):
+                batch = batches.draw(step, partial(make_model, state.params))
+                with computing(model), jax.default_matmul_precision(plan.precision):
+                    state, *told = update(state, frozen, place(batch, model.mesh), of=of)
+                pending.append((step, *told))
+                seen += batches.count(batch)
+                done = step + 1
+                saving = done % plan.save_every == 0 or done == plan.steps
+                evaluating = evaluate is not None
+                evaluating &= done % plan.evaluate_every == 0 or done == plan.steps
+                if done % plan.log_every == 0 or saving or evaluating:
+                    told = _check_finite(pending, batches, plan.rows)
+                    seconds = time.perf_counter() - began
+                    entry = describe(Window(done, *told, round(seen / seconds), seconds))
+                    append(log, entry)
+                    shown = dict(loss=entry["loss"], speed=seen / seconds)
+                    bar.update(task, completed=done, **shown)
+                    pending = []
+                figures = None
+                if evaluating:
+                    paused = time.perf_counter()
+                    figures = dict(evaluate(make_model(state.params)))
+                    append(scores, {"step": done} | figures)
+                    began += time.perf_counter() - paused
+                if saving or evaluating:
+                    # A copy, since the next update takes over the state's memory while this one
+                    # is written.
+                    copy = _stored(jax.tree.map(jnp.copy, state))
+                    metrics = None if figures is None else {"score": figures["score"]}
+                    with writing(directory):
+                        saved.save_async(done, copy, force=True, metrics=metrics)
+    with orbax.Checkpointer((directory / "checkpoints").resolve()) as saved:
+        scored = [c for c in saved.checkpoints if c.metrics and "score" in c.metrics]
+        best = max(scored, key=lambda c: (c.metrics["score"], c.step), default=saved.latest)
+        return make_model(_load(saved, best.step, state, directory).params)
+
+
+def _check(model: Model, objective: Objective, plan: Plan, batches: Batches | None) -> Batches:
+    """The batches; `OptionError` for what does not go together, before anything is written."""
+    if not isinstance(objective, Objective):
+        raise OptionError(f"objective: expected an Objective, got {objective!r:.100}")
+    if batches is None:
+        batches = objective
+    if not isinstance(batches, Batches):
+        raise OptionError(f"batches: expected Batches, got {batches!r:.100}")
+    if model.quantized:
+        raise OptionError(f"model: expected one that was not quantised, got one that holds {model.quantized}")
+    check_rows(plan, model)
+    if objective.whole and plan.accumulate * model.parts > 1:
+        raise OptionError(
+            f"{type(objective).__name__}: needs all rows of an update at once; expected "
+            f"accumulate=1 and a mesh of data=1, got {plan.accumulate} and {model.parts}"
+        )
+    return batches
+
+
+def _begin(model: Model, objective: Objective, plan: Plan, weights: Weights) -> tuple[State, Frozen]:
+    """The first state, and what is not trained."""
+    key = make_key(plan.seed)
+    params, frozen = weights.begin(model, key)
+    own = objective.init(model, key)
+    moves = make_optimizer(plan)
+    with computing(model):
+        begun = jax.jit(moves.init)(params)
+    state = State(params, begun, jnp.int32(0))
+    if jax.tree.leaves(own.trained):
+        # Copies: what a model lends its objective stays as it is.
+        copy = jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), own.trained)
+        state = state._replace(own=(copy, _own_optimizer(objective, plan).init(copy)))
+    if model.mesh is None:
+        return state, Frozen(frozen, own.frozen)
+    # What the optimizer knows of a parameter lies where that does, the rest on every device: from
+    # the first update on, and again after a restart.
+    everywhere = NamedSharding(model.mesh, P())
+    places = jax.tree.map(lambda a: a.sharding, params)
+    move = partial(optax.tree.map_params, moves, jax.device_put, begun, places)
+    begun = move(transform_non_params=lambda a: jax.device_put(a, everywhere))
+    step, owned = jax.device_put((state.step, state.own), everywhere)
+    return State(params, begun, step, owned), Frozen(frozen, own.frozen)
+
+
+def place(batch: Any, mesh: Any) -> Any:
+    """A batch's rows on the devices that they belong to."""
+    if mesh is None:
+        return batch
+    return jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, P(DATA))), batch)
+
+
+def _like(trained: jax.Array, like: jax.Array) -> jax.Array:
+    return jax.device_put(trained.astype(like.dtype), like.sharding)
+
+
+def _stored(state: State) -> dict[str, Any]:
+    """A state as checkpoints hold it: without an entry for what there is nothing of."""
+    stored = state._asdict()
+    return stored if state.own else {name: stored[name] for name in State._fields[:3]}
+
+
+def _load(saved: Any, step: int, state: State, directory: Path) -> State:
+    return state._replace(**load_state(saved, step, _stored(state), directory))
+
+
+def _show_progress(console: Any) -> Progress:
+    told = "{task.description}", "loss {task.fields[loss]:.4f}"
+    columns = map(TextColumn, (*told, "{task.fields[speed]:,.0f} tokens/s"))
+    rest = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    quiet = console is not None and not console.is_terminal  # nobody watches; log.jsonl has it all
+    return Progress(*columns, *rest, console=console, disable=quiet)
+
+
+def _check_finite(pending: list[tuple], batches: Batches, rows: int) -> tuple[list, list, list]:
+    """Steps, losses and parts of some updates, on the host. Raises `TrainingError` if a loss or a
+    gradient is not finite."""
+    pending = jax.device_get(pending)
+    for step, losses, logged in pending:
+        if np.isfinite(losses).all() and np.isfinite(logged["gradient norm"]):
+            continue
+        bad = np.flatnonzero(~np.isfinite(losses)) if np.ndim(losses) else np.arange(0)
+        which = bad if bad.size else np.arange(rows)
+        where = batches.name(step, which)
+        numbers = (step * rows + which).tolist()
+        raise TrainingError(
+            f"update {step}: the loss is not finite at examples {numbers} "
+            f"({where if bad.size else f'its gradient, {where}'}); the last checkpoint is good. "
+            "Take a lower rate, or look at these examples and at the model's weights"
+        )
+    steps, losses, logged = (list(column) for column in zip(*pending, strict=True))
+    return steps, losses, logged
