@@ -57,12 +57,12 @@ ALLOWED = {
     "djax/presets.py": "checks configs errors options",
     "djax/pictures": "errors files pictures",
     "djax/distill": (
-        "caching checkpoint checks compilation decoding distill errors files generate model "
-        "models.family models.hf models.sight options plugs process pytree sharding smoothing "
+        "caching checkpoint checks decoding distill errors files generate model "
+        "models.family models.sight options plugs process pytree smoothing "
         "source training"
     ),
     "djax/training": (
-        "checkpoint compilation directories errors files generate model models options process sharding text training"
+        "checkpoint checks compilation directories errors files generate model models options process sharding text training"
     ),
 }
 

@@ -20,12 +20,12 @@ from djax.distill.store import Question, Trajectory
 from djax.distill.trainer import Recipe, train
 from djax.errors import OptionError, TraceError
 from djax.files import expand_home, parse_json, read_text, write
-from djax.generate import generate
+from djax.generate import Generation, generate
 from djax.model import Model
 from djax.options import show_options
 from djax.process import with_own_settings
 from djax.training import problems as word_problems
-from djax.training.evaluate import Report, answered, report
+from djax.training.evaluate import Report, measure
 from djax.training.run_directory import writing
 
 # Problems decoded together while recording. Changes no trajectory.
@@ -108,12 +108,13 @@ def judge(
     """Answer problems (as `record` takes them) by `djax.generate`'s options and count; right is a score of at least `least`."""
     check = verify.known(verifier)
     verify.need(problems, verifier)
-    answers = answered(partial(generate, model, **options), [p["prompt"] for p in problems], max_batch, progress)
-    asked = (
-        verify.ask(check, p, a.text or "", verifier_seconds, f"problem {n}")
-        for n, (p, a) in enumerate(zip(problems, answers, strict=True))
-    )
-    return report(answers, [score >= least for score in asked])
+
+    def is_right(n: int, answer: Generation) -> bool:
+        score = verify.ask(check, problems[n], answer.text or "", verifier_seconds, f"problem {n}")
+        return score >= least
+
+    ask, prompts = partial(generate, model, **options), [p["prompt"] for p in problems]
+    return measure(ask, prompts, is_right, max_batch, progress)
 
 
 def quality(now: Report, before: Report, gamma: float = 4.0) -> float:
