@@ -190,9 +190,17 @@ def test_remat_keeps_less():
 
 
 def test_many_logits_are_made_a_row_at_a_time(monkeypatch):
-    wanted = one_gradient(RECIPE)
+    model, keys = tiny_model(), jax.random.split(jax.random.key(3), RECIPE.rows)
+    rows = Examples.of(trajectories(), RECIPE).batch(0)
+
+    def loops():
+        program = jax.jit(partial(gradient, RECIPE, model, rows, keys)).lower(model.params)
+        return program.as_text().count("stablehlo.while")
+
+    wanted, before = one_gradient(RECIPE), loops()
     monkeypatch.setattr(supervised, "AT_ONCE", 1)
     close(one_gradient(RECIPE), wanted)
+    assert loops() == before + 2 * 3, "a loop over rows for each of the three views, forth and back"
 
 
 def test_blocks_see_nothing_after_them_in_a_block_causal_family():

@@ -158,7 +158,7 @@ def train(
     weights = Weights() if recipe.lora is None else Adapters(recipe.lora)
     told = dict(described=_describe(model, examples, recipe), evaluate=evaluate, console=console)
     how = dict(batches=examples, weights=weights)
-    return fit(model, recipe.objective(), recipe.plan(), directory, **how, **told)
+    return fit(model, recipe.objective(), recipe.plan(), directory, **how, **told).model
 
 
 def _describe(model: Model, examples: Examples, recipe: Recipe) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 
     batches = Problems(run, words, config.eos_id)
     told = dict(described=described, describe=describe, keep=2, console=console)
     trained = fit(model, Diffusion(run.balance), plan, directory, batches=batches, **told)
-    checkpoint.export_hf(trained, directory / "model")
+    checkpoint.export_hf(trained.model, directory / "model")
     return checkpoint.load(directory / "model")
 
 

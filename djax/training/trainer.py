@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from djax.checks import flag, integer, number, one_of
+from djax.checks import flag, integer, number, one_of, show, type_name
 from djax.compilation import enable_cache
 from djax.errors import OptionError, TrainingError
 from djax.files import expand_home
@@ -323,6 +323,13 @@ def describe_means(window: Window) -> dict[str, Any]:
     return entry | {"tokens_per_second": window.tokens_per_second, "step": window.step}
 
 
+class Fitted(NamedTuple):
+    """What a training gives: the model, and the objective's own parameters."""
+
+    model: Model
+    own: Own
+
+
 Evaluate = Callable[[Model], Mapping[str, float]]
 
 
@@ -340,14 +347,14 @@ def fit(
     describe: Callable[[Window], dict[str, Any]] = describe_means,
     keep: int = 1,
     console: Any = None,
-) -> Model:
+) -> Fitted:
     """Train the model, or go on training it, in `directory`; returns the best model by `evaluate`,
-    or the last without it.
+    or the last without it, and what the objective's own parameters were then.
 
     batches:   where examples come from, by default the objective, if it is `Batches`, too.
     weights:   which weights are trained.
-    described: what tells this run from others, JSON values; by default plan, objective, batches
-               and the model's checksum. A run goes on only where they are the same.
+    described: what tells this run from others, JSON values; by default what plan, objective and
+               batches print, and the model's checksum. A run goes on only where they are the same.
     evaluate:  (model) -> figures with a "score", the higher the better; asked every
                `evaluate_every` updates and at the end.
     describe:  (window) -> a log line, which has "loss" and "step".
@@ -366,11 +373,12 @@ def fit(
     from orbax.checkpoint.experimental.v1 import training as orbax
 
     enable_cache()
-    batches = _check(model, objective, plan, batches)
+    batches = _check(model, objective, plan, batches, described is None)
     directory = expand_home(directory)
     if described is None:
-        described = {"plan": repr(plan), "objective": repr(objective), "batches": repr(batches)}
-        described |= {"model": checksum(model)}
+        described = {"plan": repr(plan), "objective": repr(objective), "model": checksum(model)}
+        if batches is not objective:
+            described |= {"batches": repr(batches)}
     begin(directory, described)
     state, frozen = _begin(model, objective, plan, weights)
     places = None if model.mesh is None else jax.tree.map(lambda a: a.sharding, state)
@@ -433,17 +441,26 @@ def fit(
     with orbax.Checkpointer((directory / "checkpoints").resolve()) as saved:
         scored = [c for c in saved.checkpoints if c.metrics and "score" in c.metrics]
         best = max(scored, key=lambda c: (c.metrics["score"], c.step), default=saved.latest)
-        return make_model(_load(saved, best.step, state, directory).params)
+        state = _load(saved, best.step, state, directory)
+    own = Own(state.own[0] if state.own else (), frozen.own)
+    return Fitted(make_model(state.params), own)
 
 
-def _check(model: Model, objective: Objective, plan: Plan, batches: Batches | None) -> Batches:
-    """The batches; `OptionError` for what does not go together, before anything is written."""
-    if not isinstance(objective, Objective):
-        raise OptionError(f"objective: expected an Objective, got {objective!r:.100}")
+def _check(model: Model, objective: Objective, plan: Plan, batches: Batches | None, printed: bool) -> Batches:
+    """The batches; `OptionError` for what does not go together, before anything is written.
+
+    printed: whether what the batches print tells runs apart.
+    """
     if batches is None:
         batches = objective
-    if not isinstance(batches, Batches):
-        raise OptionError(f"batches: expected Batches, got {batches!r:.100}")
+    for name, value, kind in (("objective", objective, Objective), ("batches", batches, Batches)):
+        if not isinstance(value, kind):
+            raise OptionError(f"{name}: expected {kind.__name__}, got {show(value)}")
+        if (printed or name == "objective") and not dataclasses.is_dataclass(value):
+            raise OptionError(
+                f"{name}: expected a frozen dataclass, whose fields tell runs apart, got "
+                f"{show(value)}; write @dataclasses.dataclass(frozen=True) above {type_name(value)}"
+            )
     if model.quantized:
         raise OptionError(f"model: expected one that was not quantised, got one that holds {model.quantized}")
     check_rows(plan, model)
