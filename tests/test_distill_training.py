@@ -24,8 +24,9 @@ from djax import distill
 from djax.distill import lora, supervised
 from djax.distill.trainer import Examples
 from djax.errors import OptionError, TrainingError
-from djax.training import trainer
+from djax.training import trainer, update
 from djax.training.contract import Draw, Network, Own, Weights
+from djax.training.plan import make_schedule
 
 MOMENTS = int(os.environ.get("DJAX_TEST_MOMENTS", "3"))
 BOTH = (distill.Compression(), distill.Certainty())
@@ -152,9 +153,9 @@ def one_gradient(recipe, model=None, parameters=None):
 def gradient(recipe, model, rows, keys, parameters):
     """Of the model's parameters, each row's loss, and the parts of the loss."""
     net = Network(model.family, model.config, recipe.remat)
-    of = trainer.Setting(net, recipe.objective(), recipe.plan(), Weights())
+    of = update.Setting(net, recipe.objective(), recipe.plan(), Weights())
     draw = Draw(keys[0], keys, jnp.float32(0))
-    (found, own), *rest = trainer.gradient((parameters, ()), trainer.Frozen(), rows, draw, of=of)
+    (found, own), *rest = update.gradient((parameters, ()), update.Frozen(), rows, draw, of=of)
     assert own == ()
     return found, *rest
 
@@ -336,7 +337,7 @@ def test_a_schedule_rises_and_falls():
     recipe = distill.Recipe(steps=100, warmup=10, rate=1.0, schedule="cosine")
 
     def make(recipe):
-        return trainer.make_schedule(recipe.plan(), recipe.rate)
+        return make_schedule(recipe.plan(), recipe.rate)
 
     rate = make(recipe)
     assert [round(float(rate(s)), 3) for s in (0, 4, 9)] == [0.1, 0.5, 1.0]

@@ -57,7 +57,7 @@ ALLOWED = {
     "djax/presets.py": "checks configs errors options",
     "djax/pictures": "errors files pictures",
     "djax/distill": (
-        "caching checkpoint checks decoding distill errors files generate model "
+        "caching checkpoint checks compilation decoding distill errors files generate model "
         "models.family models.sight options plugs process pytree smoothing "
         "source training"
     ),

@@ -21,7 +21,8 @@ from djax.errors import OptionError, TrainingError
 from djax.models.sight import Sight, see_in_order
 from djax.training.contract import Batches, Draw, Network, Objective, Own
 from djax.training.objective import Diffusion, surprise
-from djax.training.trainer import Plan, fit, make_schedule
+from djax.training.plan import Plan, make_schedule
+from djax.training.trainer import fit
 
 PLAN = Plan(steps=6, rows=4, rate=3e-3, warmup=1, save_every=2, log_every=1)
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from djax.checks import number, plug
+from djax.compilation import enable_cache
 from djax.distill.lora import Adapters, Lora
 from djax.distill.objectives import Compression, Row
 from djax.distill.store import Trajectory, checksum
@@ -22,7 +23,8 @@ from djax.errors import OptionError
 from djax.model import Model
 from djax.process import with_own_settings
 from djax.training.contract import Batches, Objective, Weights
-from djax.training.trainer import Evaluate, Plan, check_plan, check_rows, fit
+from djax.training.plan import Plan, check_plan, check_rows
+from djax.training.trainer import Evaluate, fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +155,7 @@ def train(
     does not divide, a directory of another run), `TrainingError` (a loss that is not finite, disk full); then the last good
     checkpoint stays.
     """
+    enable_cache()
     examples = Examples.of(kept, recipe)
     check_rows(recipe, model)
     weights = Weights() if recipe.lora is None else Adapters(recipe.lora)

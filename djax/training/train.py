@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from djax import checkpoint, text
+from djax.compilation import enable_cache
 from djax.directories import new_directory
 from djax.errors import CheckpointError, OptionError
 from djax.model import Model
@@ -16,8 +17,9 @@ from djax.sharding import find_devices
 from djax.training import data, tokenizer
 from djax.training.contract import Batches
 from djax.training.objective import Batch, Diffusion
+from djax.training.plan import Plan
 from djax.training.run_directory import begin, has_checkpoints, writing
-from djax.training.trainer import Plan, Window, fit
+from djax.training.trainer import Window, fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Run:
 
     architecture: the config.json of the model, without the token ids (they come from the tokenizer).
     stages:       canvas lengths over time; the last `until` is the run's number of steps.
-    rate, adam_rate: peak learning rates of Muon (matrices) and Adam (embedding, head, router, norms).
+    rate, adam_rate: peak learning rates of Muon (matrices) and Adam (embedding, head, router, norms): the trainer's `muon` and
+                  `rate` (`plan.Plan`).
     warmup, cooldown: steps of linear rise to the peak and of linear fall to 0 at the end.
     balance:      weight of the router's load-balancing loss.
     """
@@ -105,7 +108,9 @@ def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 
     """
     if (directory / "model").exists():
         raise OptionError(f"{directory / 'model'}: this run is finished; choose another directory or remove it")
+    plan = make_plan(run, save_every, log_every)
     find_devices()  # before anything is written
+    enable_cache()
     described = dataclasses.asdict(run)
     begin(directory, described)
     words = _tokenizer(run, directory)
@@ -126,7 +131,6 @@ def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 
         entry |= {"tokens_per_second": window.tokens_per_second}
         return entry | {"seconds": round(window.seconds, 1)}
 
-    plan = make_plan(run, save_every, log_every)
     batches = Problems(run, words, config.eos_id)
     told = dict(described=described, describe=describe, keep=2, console=console)
     trained = fit(model, Diffusion(run.balance), plan, directory, batches=batches, **told)

@@ -7,7 +7,6 @@ in their objective, their batches, which weights are trained, and what a log lin
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -22,7 +21,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from djax.checks import flag, integer, number, one_of, show, type_name
+from djax.checks import show, type_name
 from djax.compilation import enable_cache
 from djax.errors import OptionError, TrainingError
 from djax.files import expand_home
@@ -30,7 +29,8 @@ from djax.model import Model, computing
 from djax.process import make_key, with_own_settings
 from djax.sharding import DATA
 from djax.training.checksum import checksum
-from djax.training.contract import Batches, Draw, Network, Objective, Own, Weights
+from djax.training.contract import Batches, Network, Objective, Own, Weights
+from djax.training.plan import Plan, check_rows, make_optimizer
 from djax.training.run_directory import (
     append,
     begin,
@@ -39,264 +39,7 @@ from djax.training.run_directory import (
     open_checkpoints,
     writing,
 )
-
-Schedule = Callable[[jax.Array], jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How to train, whatever is learned from whatever batches.
-
-    steps:      updates.
-    rows:       examples an update, all devices together, in `accumulate` equal parts, one after
-                another.
-    rate:       peak learning rate of AdamW, reached after `warmup` updates. Every rate of a
-                training is a peak that the one schedule scales.
-    muon:       None, or the peak rate of Muon, which then moves the matrices of attention and
-                experts instead.
-    schedule:   "constant", "cosine" or "linear" to 0 over the last `cooldown` updates, by default
-                all of those after the warm-up.
-    weight_decay, betas, clip: of AdamW, on matrices only (of Muon, on its matrices), and the
-                gradient's largest norm.
-    dtype:      what the network computes in, "float32" or "bfloat16"; parameters and optimizer
-                are float32.
-    precision:  of products of float32 numbers: "highest", or None for the platform's own, which is
-                TF32 on GPUs.
-    remat:      compute each layer's activations again for the gradient instead of keeping them.
-    save_every, evaluate_every, log_every: updates.
-    seed:       of order, noise and new parameters.
-    """
-
-    steps: int
-    rows: int
-    accumulate: int = 1
-    rate: float = 3e-4
-    muon: float | None = None
-    warmup: int = 50
-    schedule: str = "cosine"
-    cooldown: int | None = None
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip: float = 1.0
-    dtype: str = "float32"
-    precision: str | None = "highest"
-    remat: bool = False
-    save_every: int = 100
-    evaluate_every: int = 250
-    log_every: int = 10
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_plan(self)
-        integer(self, "cooldown", at_least=0, optional=True)
-
-
-def check_plan(plan: Any) -> None:
-    """Check the fields that a `Plan` shares with what it is made from, under that class's name."""
-    for name in ("steps", "rows", "accumulate", "save_every", "evaluate_every", "log_every"):
-        integer(plan, name, at_least=1)
-    for name in ("warmup", "seed"):
-        integer(plan, name, at_least=0)
-    for name in ("rate", "clip"):
-        number(plan, name, above=0)
-    number(plan, "muon", above=0, optional=True)
-    number(plan, "weight_decay", at_least=0)
-    one_of(plan, "schedule", ("constant", "cosine", "linear"))
-    one_of(plan, "dtype", ("float32", "bfloat16"))
-    flag(plan, "remat")
-    if plan.rows % plan.accumulate:
-        name = type(plan).__name__
-        raise OptionError(f"{name}(rows={plan.rows}): expected a multiple of accumulate={plan.accumulate}")
-
-
-def check_rows(plan: Any, model: Model) -> None:
-    """`OptionError` unless the devices' parts of the rows, and those of accumulation, are equal."""
-    if plan.rows % (model.parts * plan.accumulate):
-        raise OptionError(
-            f"{type(plan).__name__}(rows={plan.rows}): expected a multiple of "
-            f"accumulate={plan.accumulate} times the mesh's data={model.parts}"
-        )
-
-
-class State(NamedTuple):
-    """All that a training remembers, and what a checkpoint holds.
-
-    params:    all of the model that is trained (its parameters, or adapters), float32.
-    optimizer: what the optimizer remembers of them.
-    step:      int32 scalar, updates done. Batches and noise are functions of it.
-    own:       the objective's own trained parameters and what their optimizer remembers; () for an
-               objective without. Checkpoints then have no entry for it.
-    """
-
-    params: Any
-    optimizer: Any
-    step: jax.Array
-    own: Any = ()
-
-
-class Frozen(NamedTuple):
-    """What an update reads besides: the model's weights that are not trained (None if all are),
-    and the frozen parameters of the objective."""
-
-    model: Any = None
-    own: Any = ()
-
-
-def make_schedule(plan: Plan, peak: float) -> Schedule:
-    """The learning rate at each update, counted from 0, for a peak."""
-    over = plan.steps - plan.warmup if plan.cooldown is None else plan.cooldown
-
-    def rate(step: jax.Array) -> jax.Array:
-        rise = jnp.minimum(1.0, (step + 1) / max(plan.warmup, 1))
-        left = jnp.clip((plan.steps - step) / max(over, 1), 0.0, 1.0)
-        cosine = 0.5 - 0.5 * jnp.cos(math.pi * left)
-        fall = {"constant": 1.0, "linear": left, "cosine": cosine}[plan.schedule]
-        return peak * (rise * fall)
-
-    return rate
-
-
-def make_optimizer(plan: Plan) -> optax.GradientTransformation:
-    """Clipping, then AdamW, or Muon on the matrices of the layers and Adam on the rest."""
-    rate = make_schedule(plan, plan.rate)
-    if plan.muon is not None:
-        options = dict(weight_decay=plan.weight_decay)
-        options |= dict(adam_b1=plan.betas[0], adam_b2=plan.betas[1])
-        moves = _muon(make_schedule(plan, plan.muon), rate, **options)
-    else:
-
-        def matrices(params: Any) -> Any:
-            return jax.tree.map(lambda a: a.ndim > 1, params)
-
-        moves = optax.adamw(rate, *plan.betas, weight_decay=plan.weight_decay, mask=matrices)
-    return optax.chain(optax.clip_by_global_norm(plan.clip), moves)
-
-
-def _muon(rate: Schedule, adam_rate: Schedule, **options: Any) -> optax.GradientTransformation:
-    """Muon on the matrices of attention and experts, Adam on the rest; options are optax's."""
-    as_matrix = optax.contrib.MuonDimensionNumbers
-    axes = {"qkv": as_matrix(0, (1, 3)), "o": as_matrix((0, 1), 2)}
-    axes |= {"w_in": as_matrix(1, 2), "w_out": as_matrix(1, 2)}
-
-    def matrices(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: axes.get(path[-1].key), params)
-
-    return optax.contrib.muon(rate, adam_learning_rate=adam_rate, muon_weight_dimension_numbers=matrices, **options)
-
-
-def _own_optimizer(objective: Objective, plan: Plan) -> optax.GradientTransformation:
-    """AdamW for the objective's own parameters, clipped apart from the model's."""
-    rate = plan.rate if objective.own_rate is None else objective.own_rate
-    return make_optimizer(dataclasses.replace(plan, rate=rate, muon=None))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Setting:
-    """What an update's program is compiled for; compared by identity, so each training compiles
-    its own. places: shardings of the state, None without a mesh."""
-
-    net: Network
-    objective: Objective
-    plan: Plan
-    weights: Weights = Weights()  # noqa: RUF009  (it has no fields)
-    mesh: Any = None
-    places: Any = None
-
-
-def gradient(
-    trained: tuple[Any, Any], frozen: Frozen, batch: Any, draw: Draw, *, of: Setting
-) -> tuple[Any, jax.Array, dict[str, jax.Array]]:
-    """The gradient over all rows, each row's loss, and the parts of the loss.
-
-    trained: the model's trained weights, and the objective's own. The gradient is alike.
-    """
-    plan = of.plan
-
-    def loss(trained: tuple[Any, Any], batch: Any, draw: Draw) -> tuple:
-        params, own = trained
-        # Merged in float32: a narrower model's steps would swallow small changes.
-        wide = jax.tree.map(lambda a: a.astype(jnp.float32), frozen.model)
-        whole = of.weights.whole(params, wide)
-        whole = jax.tree.map(lambda a: a.astype(plan.dtype), whole)
-        return of.objective.loss(of.net, whole, Own(own, frozen.own), batch, draw)
-
-    def one(batch: Any, draw: Draw) -> tuple:
-        (_, (losses, logged)), found = jax.value_and_grad(loss, has_aux=True)(trained, batch, draw)
-        return found, losses, logged
-
-    if plan.accumulate == 1:
-        found, losses, logged = one(batch, draw)
-    else:
-
-        def cut(tree: Any) -> Any:
-            return jax.tree.map(lambda a: a.reshape(plan.accumulate, -1, *a.shape[1:]), tree)
-
-        def part(batch: Any, rows: jax.Array) -> tuple:
-            return one(batch, draw._replace(rows=rows))
-
-        parts = cut(batch), cut(draw.rows)
-        shapes = jax.eval_shape(part, *jax.tree.map(lambda a: a[0], parts))
-        zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (shapes[0], shapes[2]))
-
-        def add(sums: tuple, this: tuple) -> tuple:
-            found, losses, logged = part(*this)
-            return jax.tree.map(jnp.add, sums, (found, logged)), losses
-
-        sums, losses = jax.lax.scan(add, zero, parts)
-        found, logged = jax.tree.map(lambda a: a / plan.accumulate, sums)
-        losses = losses.reshape(-1)
-    if of.net.parts > 1:
-        found, logged = jax.lax.pmean((found, logged), DATA)
-    return found, losses, logged
-
-
-@partial(jax.jit, static_argnames="of", donate_argnums=0)
-def update(state: State, frozen: Frozen, batch: Any, *, of: Setting) -> tuple[State, jax.Array, dict[str, jax.Array]]:
-    """One update on a batch of R rows.
-
-    Returns the state, each row's loss `[R]` (a scalar if the objective is `whole`), and the loss's
-    parts with the gradient's norm.
-    """
-    plan, parts = of.plan, of.net.parts
-    numbers = state.step * plan.rows + jnp.arange(plan.rows)
-    key = make_key(plan.seed)
-    keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(numbers)
-    progress = state.step.astype(jnp.float32) / plan.steps
-    if plan.accumulate > 1 and parts > 1:
-        # A device's rows lie together, its parts one after another in each of the accumulated ones.
-        order = np.arange(plan.rows).reshape(plan.accumulate, parts, -1)
-        order = order.transpose(1, 0, 2).reshape(-1)
-        batch, keys = jax.tree.map(lambda a: a[order], (batch, keys))
-    draw = Draw(jax.random.fold_in(key, state.step), keys, progress)
-    run = partial(gradient, of=of)
-    if parts > 1:
-        specs = P(), P(), P(DATA), Draw(P(), P(DATA), P())
-        run = jax.shard_map(
-            run,
-            mesh=of.mesh,
-            in_specs=specs,
-            out_specs=(P(), P(DATA), P()),
-            axis_names={DATA},
-            check_vma=False,
-        )
-    trained = state.params, state.own[0] if state.own else ()
-    (found, own_found), losses, logged = run(trained, frozen, batch, draw)
-    if plan.accumulate > 1 and parts > 1:
-        losses = losses[np.argsort(order)]
-    logged["gradient norm"] = optax.tree.norm(found)
-    moved = _move(make_optimizer(plan), found, state.params, state.optimizer)
-    own = state.own
-    if own:
-        own = _move(_own_optimizer(of.objective, plan), own_found, *own)
-    new = State(*moved, state.step + 1, own)
-    if of.places is not None:
-        new = jax.lax.with_sharding_constraint(new, of.places)
-    return new, losses, logged
-
-
-def _move(moves: Any, found: Any, params: Any, optimizer: Any) -> tuple[Any, Any]:
-    change, optimizer = moves.update(found, optimizer, params)
-    return optax.apply_updates(params, change), optimizer
+from djax.training.update import Frozen, Setting, State, make_own_optimizer, update
 
 
 class Window(NamedTuple):
@@ -484,7 +227,7 @@ def _begin(model: Model, objective: Objective, plan: Plan, weights: Weights) -> 
     if jax.tree.leaves(own.trained):
         # Copies: what a model lends its objective stays as it is.
         copy = jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), own.trained)
-        state = state._replace(own=(copy, _own_optimizer(objective, plan).init(copy)))
+        state = state._replace(own=(copy, make_own_optimizer(objective, plan).init(copy)))
     if model.mesh is None:
         return state, Frozen(frozen, own.frozen)
     # What the optimizer knows of a parameter lies where that does, the rest on every device: from
