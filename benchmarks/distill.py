@@ -26,7 +26,7 @@ from djax.benchmarks.report import put, read_lines, write_lines
 from djax.configs import tiny_td, tiny_td_again
 from djax.distill import Certainty, Compression, Distillation, Plain, Stride, distil, judge
 from djax.distill.run import generated
-from djax.distill.store import Problem, checksum
+from djax.distill.store import Question, checksum
 from djax.errors import OptionError
 from djax.files import parse_json, read_text, write
 from djax.plugs import parse
@@ -66,7 +66,7 @@ def _folder(name: str) -> str:
 
 def measure(
     models: Mapping[str, Any],
-    problems: Sequence[Problem],
+    problems: Sequence[Question],
     file: Path,
     *,
     note: Callable[[str], None],
@@ -199,7 +199,7 @@ def draw(lines: Sequence[dict[str, Any]], file: Path) -> None:
     save(figure, file)
 
 
-def cost(model: Any, problems: Sequence[Problem], decoder: Any, repeats: int = 25) -> dict[str, Any]:
+def cost(model: Any, problems: Sequence[Question], decoder: Any, repeats: int = 25) -> dict[str, Any]:
     """Seconds per forward of decodes with a trace and without, turn by turn; medians and their ratio."""
     asked = [p["prompt"] for p in problems[:BATCH]]
     seconds: dict[bool, list[float]] = {False: [], True: []}
@@ -216,7 +216,7 @@ def compare(
     models: Mapping[str, Any],
     out: Path,
     *,
-    problems: Sequence[Problem] | None,
+    problems: Sequence[Question] | None,
     count: int,
     verifier: Any,
     gen_length: int,

@@ -10,7 +10,8 @@ from tiny import CONFIG, tiny_model
 
 from djax import distill, sharding
 from djax.benchmarks import devices
-from djax.distill import trainer
+from djax.distill.trainer import Examples
+from djax.training import trainer
 
 RECIPE = dataclasses.replace(RECIPE, steps=10, rate=1e-3)
 ONE = tiny_model(config=dataclasses.replace(CONFIG, groups=2))
@@ -22,10 +23,10 @@ def trained(model, recipe):
 
 
 def same_masks(recipe, mesh):
-    rows = trainer.Examples.of(trajectories(), recipe).batch(3)
+    rows = Examples.of(trajectories(), recipe).batch(3)
     keys = jax.random.split(jax.random.key(0), recipe.rows)
     show = jax.jit(jax.vmap(lambda k, r: tuple(o.views(k, r, 0.0, 47) for o in recipe.objectives)))
-    for a, b in zip(jax.tree.leaves(show(keys, rows)), jax.tree.leaves(show(keys, trainer._placed(rows, mesh))), strict=True):
+    for a, b in zip(jax.tree.leaves(show(keys, rows)), jax.tree.leaves(show(keys, trainer.place(rows, mesh))), strict=True):
         np.testing.assert_array_equal(a, b)
 
 

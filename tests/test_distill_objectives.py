@@ -24,7 +24,7 @@ KEYS = jax.random.split(jax.random.key(0), 300)
 def views(objective, progress=0.0):
     """Each key's views, as a list of lists."""
     found = jax.jit(jax.vmap(lambda key: objective.views(key, ROW, jnp.float32(progress), MASK)))(KEYS)
-    return [[View(*(np.asarray(a)[n] for a in view)) for view in found] for n in range(len(KEYS))]
+    return [[jax.tree.map(lambda a, n=n: np.asarray(a)[n], view) for view in found] for n in range(len(KEYS))]
 
 
 def states():

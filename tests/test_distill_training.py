@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,8 +21,12 @@ import pytest
 from tiny import CONFIG, DENSE, LLADA2, tiny_model
 
 from djax import distill
-from djax.distill import lora, trainer
+from djax.distill import lora, supervised
+from djax.distill.trainer import Examples
 from djax.errors import OptionError, TrainingError
+from djax.training import trainer, update
+from djax.training.contract import Draw, Network, Own, Weights
+from djax.training.plan import make_schedule
 
 MOMENTS = int(os.environ.get("DJAX_TEST_MOMENTS", "3"))
 BOTH = (distill.Compression(), distill.Certainty())
@@ -126,25 +131,33 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_parameters(whole, tmp_path)
 
 
 def test_order_and_noise_follow_from_seed_and_number_alone():
-    examples = trainer.Examples.of(trajectories(), RECIPE)
+    examples = Examples.of(trajectories(), RECIPE)
     seen = [examples.which(step) for step in range(5)]
     assert sorted(np.concatenate(seen)[:20]) == list(range(20)), "each once, then again in another order"
     assert (np.concatenate(seen)[:20] != np.concatenate(seen)[20:40]).any()
-    half = trainer.Examples.of(trajectories(), dataclasses.replace(RECIPE, rows=4))
+    half = Examples.of(trajectories(), dataclasses.replace(RECIPE, rows=4))
     np.testing.assert_array_equal(np.concatenate([half.which(0), half.which(1)]), seen[0])
-    other = trainer.Examples.of(trajectories(), dataclasses.replace(RECIPE, seed=1))
+    other = Examples.of(trajectories(), dataclasses.replace(RECIPE, seed=1))
     assert (other.which(0) != seen[0]).any()
 
 
 def one_gradient(recipe, model=None, parameters=None):
     model = model or tiny_model()
-    rows = trainer.Examples.of(trajectories(config=model.config), recipe).batch(0)
+    rows = Examples.of(trajectories(config=model.config), recipe).batch(0)
     keys = jax.random.split(jax.random.key(3), recipe.rows)
-    of = trainer._Static(model.family, model.config, recipe, None)
-    frozen = None if recipe.lora is None else model.params
     parameters = model.params if parameters is None else parameters
-    make = jax.jit(lambda p: trainer.gradient(p, frozen, rows, keys, jnp.float32(0), parts=1, of=of))
-    return make(parameters)
+    found, losses, logged = jax.jit(partial(gradient, recipe, model, rows, keys))(parameters)
+    return found, losses, logged
+
+
+def gradient(recipe, model, rows, keys, parameters):
+    """Of the model's parameters, each row's loss, and the parts of the loss."""
+    net = Network(model.family, model.config, recipe.remat)
+    of = update.Setting(net, recipe.objective(), recipe.plan(), Weights())
+    draw = Draw(keys[0], keys, jnp.float32(0))
+    (found, own), *rest = update.gradient((parameters, ()), update.Frozen(), rows, draw, of=of)
+    assert own == ()
+    return found, *rest
 
 
 def close(found, wanted, rtol=1e-4, atol=1e-5):
@@ -168,10 +181,9 @@ def test_remat_keeps_less():
     def kept(remat):
         recipe = dataclasses.replace(RECIPE, remat=remat)
         model = tiny_model(config=dataclasses.replace(DENSE, layers=6))
-        rows = trainer.Examples.of(trajectories(), recipe).batch(0)
+        rows = Examples.of(trajectories(), recipe).batch(0)
         keys = jax.random.split(jax.random.key(3), 8)
-        of = trainer._Static(model.family, model.config, recipe, None)
-        program = jax.jit(lambda p: trainer.gradient(p, None, rows, keys, jnp.float32(0), parts=1, of=of)[0])
+        program = jax.jit(lambda p: gradient(recipe, model, rows, keys, p)[0])
         return program.lower(model.params).as_text().count("optimization_barrier")
 
     assert kept(False) == 0
@@ -179,24 +191,36 @@ def test_remat_keeps_less():
 
 
 def test_many_logits_are_made_a_row_at_a_time(monkeypatch):
-    wanted = one_gradient(RECIPE)
-    monkeypatch.setattr(trainer, "AT_ONCE", 1)
+    model, keys = tiny_model(), jax.random.split(jax.random.key(3), RECIPE.rows)
+    rows = Examples.of(trajectories(), RECIPE).batch(0)
+
+    def loops():
+        program = jax.jit(partial(gradient, RECIPE, model, rows, keys)).lower(model.params)
+        return program.as_text().count("stablehlo.while")
+
+    wanted, before = one_gradient(RECIPE), loops()
+    monkeypatch.setattr(supervised, "AT_ONCE", 1)
     close(one_gradient(RECIPE), wanted)
+    assert loops() == before + 2 * 3, "a loop over rows for each of the three views, forth and back"
 
 
 def test_blocks_see_nothing_after_them_in_a_block_causal_family():
     """What stands after a LLaDA2 row's active block has no part in its loss."""
     model, recipe = tiny_model(config=LLADA2), dataclasses.replace(RECIPE, objectives=(distill.Certainty(),), balance=0.0)
-    rows = trainer.Examples.of(trajectories(config=LLADA2), recipe).batch(0)
+    rows = Examples.of(trajectories(config=LLADA2), recipe).batch(0)
     # Decoded up to 24, the end of a block; what is after it is not there, or is a block of masks.
     rows = rows._replace(accepted_at=np.where(np.arange(32) < 24, rows.accepted_at, -1), total=np.full(8, 24, np.int32))
     keys = jax.random.split(jax.random.key(3), 8)
-    statics = dict(family=model.family, config=LLADA2, recipe=recipe, parts=1)
-    losses = jax.jit(lambda rows: trainer.batch_loss(model.params, rows, keys, jnp.float32(0), **statics)[1][0])
+    draw = Draw(keys[0], keys, jnp.float32(0))
+
+    def losses_of(family):
+        net = Network(family, LLADA2)
+        return jax.jit(lambda rows: recipe.objective().loss(net, model.params, Own(), rows, draw)[1][0])
+
+    losses = losses_of(model.family)
     longer = rows._replace(total=np.full(8, 32, np.int32))
     np.testing.assert_allclose(losses(longer), losses(rows), rtol=1e-5)
-    sees_all = dict(statics, family=dataclasses.replace(model.family, visibility="all"))
-    wide = jax.jit(lambda rows: trainer.batch_loss(model.params, rows, keys, jnp.float32(0), **sees_all)[1][0])
+    wide = losses_of(dataclasses.replace(model.family, visibility="all"))
     assert (np.abs(wide(longer) - wide(rows)) > 1e-3).any(), "without the rule it would matter"
 
 
@@ -242,7 +266,7 @@ def test_one_and_four_devices_see_the_same_and_agree():
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(whole, tmp_path, monkeypatch):
-    original = trainer.Examples.batch
+    original = Examples.batch
 
     def spoiled(self, step):
         rows = original(self, step)
@@ -251,10 +275,10 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(whole, tm
             rows = rows._replace(block=np.where(np.arange(8) == 5, 0, rows.block).astype(np.int32))
         return rows
 
-    monkeypatch.setattr(trainer.Examples, "batch", spoiled)
+    monkeypatch.setattr(Examples, "batch", spoiled)
     with pytest.raises(TrainingError, match=r"update 7: the loss is not finite at examples \[61\] \(trajectories \[\d+\] of"):
         run(tmp_path)
-    monkeypatch.setattr(trainer.Examples, "batch", original)
+    monkeypatch.setattr(Examples, "batch", original)
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"6"}
     same(run(tmp_path), whole[0])
 
@@ -311,9 +335,13 @@ def test_a_full_disk_is_said_and_training_goes_on_later(whole, tmp_path, what):
 
 def test_a_schedule_rises_and_falls():
     recipe = distill.Recipe(steps=100, warmup=10, rate=1.0, schedule="cosine")
-    rate = trainer.schedule(recipe)
+
+    def make(recipe):
+        return make_schedule(recipe.plan(), recipe.rate)
+
+    rate = make(recipe)
     assert [round(float(rate(s)), 3) for s in (0, 4, 9)] == [0.1, 0.5, 1.0]
     assert float(rate(55)) == pytest.approx(0.5)
     assert float(rate(100)) == 0
-    assert float(trainer.schedule(dataclasses.replace(recipe, schedule="constant"))(100)) == 1
-    assert float(trainer.schedule(dataclasses.replace(recipe, schedule="linear"))(55)) == pytest.approx(0.5)
+    assert float(make(dataclasses.replace(recipe, schedule="constant"))(100)) == 1
+    assert float(make(dataclasses.replace(recipe, schedule="linear"))(55)) == pytest.approx(0.5)

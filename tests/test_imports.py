@@ -63,11 +63,11 @@ ALLOWED = {
     ),
     "djax/distill": (
         "caching checkpoint checks compilation decoding distill errors files generate model "
-        "models.family models.hf models.sight options plugs process pytree sharding smoothing "
+        "kernels.sight models.family models.sight options plugs process pytree smoothing "
         "source training"
     ),
     "djax/training": (
-        "checkpoint compilation directories errors files generate kernels.choice kernels.sight model "
+        "checkpoint checks compilation directories errors files generate kernels.choice kernels.sight model "
         "models options process sharding text training"
     ),
 }

@@ -15,11 +15,14 @@ import jax
 import jax.numpy as jnp
 import killed
 import numpy as np
+import optax
 import pytest
+from runs_of_before import as_before
 
 import djax
 from djax.configs.small import RUN
 from djax.errors import OptionError, TrainingError
+from djax.models import FAMILIES
 from djax.source import NAMED, SHIPPED
 from djax.training import data, objective, problems, tokenizer
 from djax.training import train as training
@@ -237,6 +240,24 @@ def test_a_damaged_run_json_is_written_again_or_said(few, again, tmp_path, spoil
     with pytest.raises(OptionError, match=r"run.json: is damaged \(.*\), so nothing says .* remove the file and start again"):
         train(FEW, old)
     (old / "run.json").unlink()
+    again(old)
+
+
+def test_a_run_of_before_goes_on(few, again, tmp_path):
+    """Its run.json and its checkpoints are what they were when distillation had another trainer."""
+    old = copy(few, tmp_path / "old", trained=True)
+    dims = optax.contrib.MuonDimensionNumbers
+    axes = {"qkv": dims(0, (1, 3)), "o": dims((0, 1), 2), "w_in": dims(1, 2), "w_out": dims(1, 2)}
+
+    def matrices(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: axes.get(path[-1].key), params)
+
+    rates = dict(learning_rate=lambda step: 0.0, adam_learning_rate=lambda step: 0.0)
+    muon = optax.contrib.muon(**rates, muon_weight_dimension_numbers=matrices)
+    config = djax.load(few / "model").config
+    as_before(old, 4, FAMILIES[FEW.family].init(config, jax.random.key(0)), optax.chain(optax.clip_by_global_norm(1.0), muon))
+    described = json.loads((old / "run.json").read_text())
+    assert list(described) == ("family architecture stages rows rate adam_rate warmup cooldown balance clip seed".split())
     again(old)
 
 

@@ -12,10 +12,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
+from jax.sharding import NamedSharding, PartitionSpec
 
 from djax.checks import integer, number
 from djax.errors import OptionError
+from djax.model import Model
 from djax.models.family import Family
+from djax.training.contract import Weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,22 @@ def adapters(lora: Lora, family: Family, config: Any, key: jax.Array) -> dict[st
         a = jax.random.normal(jax.random.fold_in(key, n), (*batch, inside, lora.rank)) * inside**-0.5
         out[path] = {"a": a, "b": jnp.zeros((*batch, lora.rank, outside))}
     return traverse_util.unflatten_dict(out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters(Weights):
+    """The trainer's `Weights` for LoRA: the adapters are trained, the model is frozen."""
+
+    lora: Lora
+
+    def begin(self, model: Model, key: jax.Array) -> tuple[Any, Any]:
+        params = adapters(self.lora, model.family, model.config, key)
+        if model.mesh is not None:
+            params = jax.device_put(params, NamedSharding(model.mesh, PartitionSpec()))
+        return params, model.params
+
+    def whole(self, trained: Any, frozen: Any) -> Any:
+        return merged(self.lora, frozen, trained)
 
 
 def merged(lora: Lora, params: Any, adapters: Any) -> Any:

@@ -3,8 +3,10 @@
 An objective is a frozen dataclass, a pytree, with
 - `views(key, row, progress, mask_id) -> tuple[View, ...]`: how a trajectory is shown to the network, always the same number of
   times; its noise comes from the row's key and nothing else;
-- `loss(logits, tokens, view) -> (loss, parts)`: of one view, float32 logits `[L, V]`; `parts` are scalars to log.
-A batch's loss is the mean over its rows of the sum over views, so parts of a batch add up to it whatever their number.
+- `loss(logits, tokens, view) -> (loss, parts)`: of one view, float32 logits `[L, V]`, tokens the view's labels; `parts` are
+  scalars to log.
+A batch's loss is the mean over its rows of the sum over views, so parts of a batch add up to it whatever their number. What
+needs parameters of its own, a second network or batches that the model makes is an `Objective` of `training.contract`.
 """
 
 import dataclasses
@@ -15,7 +17,9 @@ import jax.numpy as jnp
 
 from djax.checks import number, plug
 from djax.distill.pairs import Uniform
+from djax.kernels.sight import Sight
 from djax.pytree import pytree
+from djax.training.objective import hide, sum_surprise, surprise
 
 
 class Row(NamedTuple):
@@ -44,16 +48,23 @@ class Row(NamedTuple):
 
 
 class View(NamedTuple):
-    """What the network reads, int32 `[L]`, and at which positions its predictions count, bool `[L]`; weight, of the loss."""
+    """How a trajectory is shown to the network.
+
+    tokens:    int32 `[L]`, what it reads.
+    target:    bool `[L]`, at which positions its predictions count.
+    weight:    float32 scalar, of the loss.
+    labels:    int32 `[L]`, what it shall predict; None: the trajectory's tokens.
+    sight:     what each position sees, fields `[L]` (`models.sight`); None: what the family's see.
+    positions: int32 `[L]`, for rotary; None: 0 to L - 1.
+    A view may be longer than its trajectory if it has labels and a sight of its own.
+    """
 
     tokens: jax.Array
     target: jax.Array
     weight: jax.Array
-
-
-def surprise(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """-log p of each token, `[L]`."""
-    return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    labels: jax.Array | None = None
+    sight: Sight | None = None
+    positions: jax.Array | None = None
 
 
 def entropy(logits: jax.Array) -> jax.Array:
@@ -102,7 +113,7 @@ class Compression:
         return (View(jnp.where(shown, row.tokens, mask_id), between, 1 / row.block),)
 
     def loss(self, logits: jax.Array, tokens: jax.Array, view: View) -> tuple[jax.Array, dict[str, jax.Array]]:
-        loss = jnp.sum(jnp.where(view.target, surprise(logits, tokens), 0.0)) * view.weight
+        loss = sum_surprise(logits, tokens, view.target) * view.weight
         parts = {"compression": loss, "revealed": jnp.sum(view.target).astype(jnp.float32)}
         right = view.target & (jnp.argmax(logits, axis=-1) == tokens)
         unsure = jnp.sum(jnp.where(right, entropy(logits / self.temperature), 0.0)) * view.weight
@@ -171,12 +182,12 @@ class Plain:
     def views(self, key: jax.Array, row: Row, progress: jax.Array, mask_id: int) -> tuple[View, ...]:
         level, where = jax.random.split(key)
         t = 1 - (1 - self.least) * jax.random.uniform(level)
-        target = row.response() & (jax.random.uniform(where, row.tokens.shape) < t)
+        noisy, target = hide(where, row.tokens, row.response(), t, mask_id)
         weight = 1 / (t * jnp.maximum(jnp.sum(row.response()), 1))
-        return (View(jnp.where(target, mask_id, row.tokens), target, weight),)
+        return (View(noisy, target, weight),)
 
     def loss(self, logits: jax.Array, tokens: jax.Array, view: View) -> tuple[jax.Array, dict[str, jax.Array]]:
-        loss = jnp.sum(jnp.where(view.target, surprise(logits, tokens), 0.0)) * view.weight
+        loss = sum_surprise(logits, tokens, view.target) * view.weight
         return loss, {"diffusion": loss}
 
 

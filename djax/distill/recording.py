@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from djax.checks import whole_number
-from djax.distill.store import Problem, Store, Trajectory
+from djax.distill.store import Question, Store, Trajectory
 from djax.errors import OptionError, TraceError
 from djax.generate import Generation, generate
 from djax.model import Model
@@ -24,7 +24,7 @@ PART = 500
 @show_options(without=("trace",))
 def record(
     model: Model,
-    problems: Sequence[Problem],
+    problems: Sequence[Question],
     directory: str | Path,
     *,
     samples: int = 1,
@@ -72,7 +72,7 @@ def record(
     return store
 
 
-def _plain(problems: Sequence[Problem]) -> None:
+def _plain(problems: Sequence[Question]) -> None:
     """Every problem is something JSON can say, before anything is decoded."""
     for n, problem in enumerate(problems):
         try:
@@ -93,7 +93,7 @@ def _same_problems(store: Store, problems: Sequence[Mapping[str, Any]], samples:
     return done
 
 
-def trajectory(problem: Problem, seed: int, answer: Generation) -> Trajectory:
+def trajectory(problem: Question, seed: int, answer: Generation) -> Trajectory:
     """A generation with its trace as a trajectory."""
     trace, canvas = answer.trace, np.asarray(answer.canvas, np.int32)
     return Trajectory(

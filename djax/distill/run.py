@@ -16,16 +16,16 @@ from djax.checks import integer, number
 from djax.distill import verify
 from djax.distill.recording import record
 from djax.distill.settings import Settings
-from djax.distill.store import Problem, Trajectory
+from djax.distill.store import Question, Trajectory
 from djax.distill.trainer import Recipe, train
 from djax.errors import OptionError, TraceError
 from djax.files import expand_home, parse_json, read_text, write
-from djax.generate import generate
+from djax.generate import Generation, generate
 from djax.model import Model
 from djax.options import show_options
 from djax.process import with_own_settings
 from djax.training import problems as word_problems
-from djax.training.evaluate import Report, answered, report
+from djax.training.evaluate import Report, measure
 from djax.training.run_directory import writing
 
 # Problems decoded together while recording. Changes no trajectory.
@@ -66,7 +66,7 @@ class Distillation:
             )
 
 
-def read_problems(file: Path, name: str) -> list[Problem]:
+def read_problems(file: Path, name: str) -> list[Question]:
     """Problems from JSON lines. Raises `OptionError`, which names the option and the line."""
     try:
         lines = read_text(file).split("\n")
@@ -87,7 +87,7 @@ def read_problems(file: Path, name: str) -> list[Problem]:
     return problems
 
 
-def generated(problems: Sequence[word_problems.Problem]) -> list[Problem]:
+def generated(problems: Sequence[word_problems.Problem]) -> list[Question]:
     """Word problems as `record` takes them."""
     return [{"prompt": p.question, "result": p.result} for p in problems]
 
@@ -96,7 +96,7 @@ def generated(problems: Sequence[word_problems.Problem]) -> list[Problem]:
 @show_options()
 def judge(
     model: Model,
-    problems: Sequence[Problem],
+    problems: Sequence[Question],
     verifier: verify.Verifier | str,
     *,
     least: float = 1.0,
@@ -108,12 +108,13 @@ def judge(
     """Answer problems (as `record` takes them) by `djax.generate`'s options and count; right is a score of at least `least`."""
     check = verify.known(verifier)
     verify.need(problems, verifier)
-    answers = answered(partial(generate, model, **options), [p["prompt"] for p in problems], max_batch, progress)
-    asked = (
-        verify.ask(check, p, a.text or "", verifier_seconds, f"problem {n}")
-        for n, (p, a) in enumerate(zip(problems, answers, strict=True))
-    )
-    return report(answers, [score >= least for score in asked])
+
+    def is_right(n: int, answer: Generation) -> bool:
+        score = verify.ask(check, problems[n], answer.text or "", verifier_seconds, f"problem {n}")
+        return score >= least
+
+    ask, prompts = partial(generate, model, **options), [p["prompt"] for p in problems]
+    return measure(ask, prompts, is_right, max_batch, progress)
 
 
 def quality(now: Report, before: Report, gamma: float = 4.0) -> float:
@@ -126,7 +127,7 @@ def recorded(
     model: Model,
     run: Distillation,
     traces: Path,
-    problems: Sequence[Problem],
+    problems: Sequence[Question],
     verifier: verify.Verifier | str,
     note: Callable[[str], None],
 ) -> tuple[list[Trajectory], dict[str, Any]]:
@@ -160,8 +161,8 @@ def distil(
     run: Distillation,
     directory: str | Path,
     *,
-    problems: Sequence[Problem] | None = None,
-    held_out: Sequence[Problem] | None = None,
+    problems: Sequence[Question] | None = None,
+    held_out: Sequence[Question] | None = None,
     verifier: verify.Verifier | str = "exact",
     traces: str | Path | None = None,
     console: Any = None,

@@ -15,14 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from djax.errors import TraceError
 from djax.files import expand_home, parse_json, read_text, write
 from djax.model import Model
-from djax.models.hf import list_settings
+from djax.training.checksum import checksum as checksum
 
 MANIFEST, FORMAT = "store.json", 1
 _PART = "part-{:05d}.npz"
@@ -31,7 +29,8 @@ _RULES = 2
 # Bounds of what is read: bytes of a part, unpacked, and positions of a canvas.
 LARGEST, LONGEST = 1 << 30, 1 << 20
 NUMBERS = ("seed", "prompt", "start", "block", "forwards")
-Problem = Mapping[str, Any]
+# What is asked, as it was given, with what a verifier needs.
+Question = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,7 +48,7 @@ class Trajectory:
     forwards:    F.
     """
 
-    problem: Problem
+    problem: Question
     text: str | None
     tokens: np.ndarray
     accepted_at: np.ndarray
@@ -65,37 +64,6 @@ class Trajectory:
         shown = (self.accepted_at >= 0) & (self.accepted_at < forwards)
         shown[: self.prompt] = True
         return np.where(shown, self.tokens, mask_id).astype(np.int32)
-
-
-def checksum(model: Model) -> str:
-    """SHA-256 of the model's config and of a sum over its parameters' bits, as bfloat16, each weighted by its place.
-
-    The same for a checkpoint in whatever layout, on whatever devices, in float32 or bfloat16. It tells models apart; it is no
-    proof against somebody who wants to be taken for another.
-    """
-    sums = jax.device_get(_sums(model.params))
-    leaves = [(jax.tree_util.keystr(path), np.shape(a), int(s)) for (path, a), s in _pairs(model.params, sums)]
-    described = [model.family.name, list_settings(model.config), sorted(leaves)]
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-
-
-def _pairs(params: Any, sums: Any) -> Iterator[tuple[Any, Any]]:
-    return zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(sums), strict=True)
-
-
-@jax.jit
-def _sums(params: Any) -> Any:
-    def one(a: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(a.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
-        # A place's weight from its indices, so that the array keeps its layout over devices. Whole numbers wrap: exact.
-        weight = jnp.ones((), jnp.uint32)
-        for axis in range(a.ndim):
-            shape = [1] * a.ndim
-            shape[axis] = -1
-            weight = weight * (2 * jnp.arange(a.shape[axis], dtype=jnp.uint32) + np.uint32(2654435761)).reshape(shape)
-        return jnp.sum(bits * weight, dtype=jnp.uint32)
-
-    return jax.tree.map(one, params)
 
 
 def tokenizer_checksum(model: Model) -> str | None:

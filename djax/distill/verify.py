@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 
 from djax.distill import sandbox
-from djax.distill.store import Problem, Store, Trajectory
+from djax.distill.store import Question, Store, Trajectory
 from djax.errors import OptionError, TraceError, VerifierError
 from djax.training.stated import stated_result
 
-Verifier = Callable[[Problem, str], float]
+Verifier = Callable[[Question, str], float]
 
 
-def exact(problem: Problem, answer: str) -> float:
+def exact(problem: Question, answer: str) -> float:
     """1 if the number after the answer's last `####` is the problem's "result", as numbers: 12.0 is 12, 3.5 is not 3.
 
     What counts as a number there: `djax.training.stated`. Raises `OptionError` for a result that is no number: text such as
@@ -48,7 +48,7 @@ def _number(result: Any) -> Fraction:
     )
 
 
-def python(problem: Problem, answer: str, *, seconds: float = 10.0, megabytes: int = 1024) -> float:
+def python(problem: Question, answer: str, *, seconds: float = 10.0, megabytes: int = 1024) -> float:
     """1 if the answer, a Python snippet or a Markdown text with one, runs and the problem's "tests" (Python) pass after it.
 
     To pass, the tests, compiled apart from the answer and run in the namespace it leaves, must come to their end; the answer
@@ -105,7 +105,7 @@ def snippet(answer: str) -> str:
 VERIFIERS: dict[str, Verifier] = {"exact": exact, "python": python}
 
 
-def ask(verifier: Verifier, problem: Problem, answer: str, seconds: float, where: str) -> float:
+def ask(verifier: Verifier, problem: Question, answer: str, seconds: float, where: str) -> float:
     """The verifier's score. Raises `VerifierError`, naming `where`, if it raises, takes longer than `seconds` or says no score.
 
     A verifier that hangs is left behind in a thread that does not keep the process from ending.

@@ -1,1 +1,1 @@
-"""The small model: its problems, tokenizer, objective, trainer and evaluation."""
+"""Training: the one trainer, its contracts and objectives; the small model's problems, tokenizer, run and evaluation."""

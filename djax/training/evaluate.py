@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -73,23 +73,29 @@ def evaluate(
 ) -> Report:
     """Answer every problem and count: `answer(model, questions, **options)`, by default `djax.generate`. `progress` is called
     with the number done so far."""
-    answers = answered(partial(answer, model, **options), [p.question for p in problems], max_batch, progress)
-    return report(answers, [stated_result(a.text) == p.result for a, p in zip(answers, problems, strict=True)])
+    ask = partial(answer, model, **options)
+    prompts, results = [p.question for p in problems], [p.result for p in problems]
+    return measure(ask, prompts, lambda n, a: stated_result(a.text) == results[n], max_batch, progress)
 
 
-def answered(
+def measure(
     answer: Callable[[list[Any]], list[Generation]],
-    prompts: list[Any],
+    prompts: Sequence[Any],
+    is_right: Callable[[int, Generation], bool],
     max_batch: int,
     progress: Callable[[int], None] | None = None,
-) -> list[Generation]:
-    """What `answer` says of the prompts, so many at a time. `progress` is called with the number done so far."""
+) -> Report:
+    """Run `answer` over the prompts in batches of `max_batch`, and count.
+
+    is_right: (the prompt's number, its answer), asked when all are answered. `progress` is called
+    with the number answered so far.
+    """
     answers: list[Generation] = []
     for i in range(0, len(prompts), max_batch):
-        answers += answer(prompts[i : i + max_batch])
+        answers += answer(list(prompts[i : i + max_batch]))
         if progress is not None:
             progress(len(answers))
-    return answers
+    return report(answers, [is_right(n, a) for n, a in enumerate(answers)])
 
 
 def report(answers: list[Generation], right: list[bool]) -> Report:

@@ -6,6 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from djax.checks import describe
 from djax.errors import CheckpointError, DjaxError, OptionError, TrainingError
 from djax.files import parse_json, read_text, write
 
@@ -46,6 +47,21 @@ def open_checkpoints(directory: Path, policy: Any) -> Iterator[Any]:
         raise
     with writing(directory):
         saved.close()
+
+
+def load_state(saved: Any, step: int, like: Any, directory: Path) -> Any:
+    """The checkpoint of a step, as arrays that lie where those of `like`, a dict, do.
+
+    Raises `OptionError` for one that is damaged, or that holds something else.
+    """
+    try:
+        return saved.load(step, like)
+    except Exception as error:  # Orbax and tensorstore raise many kinds
+        raise OptionError(
+            f"{directory / 'checkpoints' / str(step)}: cannot be read as this run's checkpoint "
+            f"({describe(error):.200}); if another version of djax wrote it, go on with that one, "
+            "otherwise choose another directory"
+        ) from error
 
 
 def begin(directory: Path, described: Mapping[str, Any]) -> None:
