@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 import djax
-from djax.sharding import find_devices
+from djax.runtime.sharding import find_devices
 
 
 def circumstances() -> dict[str, Any]:

@@ -159,8 +159,9 @@ def _lower(family: Any, config: Any, mesh: Any, plugs: tuple, quantize: str | No
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from djax.checkpoint import abstract
-    from djax.program import Request, Spec, decode
+    from djax.checkpoints.checkpoint import abstract
+    from djax.engine.carry import Request, Spec
+    from djax.engine.loop import decode
     from djax.pytree import classes
 
     everywhere = NamedSharding(mesh, P())

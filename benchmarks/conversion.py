@@ -24,8 +24,8 @@ from djax.benchmarks.compile import LLADA_MOE_7B
 from djax.benchmarks.report import put, write_lines
 from djax.convert import safetensors_files
 from djax.errors import OptionError
-from djax.files import write
 from djax.models import llada_moe
+from djax.storage.files import write
 
 HF = LLADA_MOE_7B | {
     "architectures": ["LLaDAMoEModelLM"],

@@ -14,13 +14,13 @@ import jax
 import numpy as np
 
 import djax
-from djax import sharding
 from djax.benchmarks import hlo
 from djax.benchmarks.circumstances import circumstances
 from djax.benchmarks.report import put, write_lines
-from djax.checkpoint import abstract
-from djax.generate import ask, compiled
+from djax.checkpoints.checkpoint import abstract
+from djax.engine.generate import ask, compiled
 from djax.models import FAMILIES, llada_moe
+from djax.runtime import sharding
 
 # What eight devices can divide, and little else: each combination is a program to compile for each mesh.
 CONFIG = llada_moe.Config(

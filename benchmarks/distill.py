@@ -28,10 +28,10 @@ from djax.distill import Certainty, Compression, Distillation, Plain, Stride, di
 from djax.distill.run import generated
 from djax.distill.store import Question, checksum
 from djax.errors import OptionError
-from djax.files import parse_json, read_text, write
 from djax.plugs import parse
-from djax.training.evaluate import difference
-from djax.training.problems import held_out, not_held_out
+from djax.storage.files import parse_json, read_text, write
+from djax.tasks.evaluate import difference
+from djax.tasks.problems import held_out, not_held_out
 
 BATCH = 50
 

@@ -16,8 +16,8 @@ from typing import Any
 from djax.benchmarks.circumstances import circumstances
 from djax.benchmarks.report import put, read_lines, write_lines
 from djax.errors import OptionError
-from djax.files import write
-from djax.training.evaluate import difference
+from djax.storage.files import write
+from djax.tasks.evaluate import difference
 
 GEN_LENGTH, BATCH = 128, 25
 
@@ -98,10 +98,10 @@ def measure(
     from djax.benchmarks import oracle
     from djax.caching import CACHES
     from djax.decoding import DECODERS
-    from djax.generate import generate
+    from djax.decoding.smoothing import SMOOTHINGS
+    from djax.engine.generate import generate
     from djax.plugs import parse
-    from djax.smoothing import SMOOTHINGS
-    from djax.training.evaluate import evaluate
+    from djax.tasks.evaluate import evaluate
 
     out.mkdir(parents=True, exist_ok=True)
     file = out / "ladder.jsonl"

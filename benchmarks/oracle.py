@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from djax.decoding.contract import Decoder, Look, Verdict, candidates, first_best, write
-from djax.generate import Generation, generate
+from djax.engine.generate import Generation, generate
+from djax.engine.request import bucket
 from djax.pytree import pytree
-from djax.request import bucket
 
 
 @pytree

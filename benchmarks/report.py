@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from djax.errors import OptionError
-from djax.files import parse_json, read_text, write
+from djax.storage.files import parse_json, read_text, write
 
 
 def write_lines(file: Path, lines: Iterable[dict[str, Any]]) -> None:

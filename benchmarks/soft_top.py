@@ -23,7 +23,7 @@ def measure(model: Any, problems: list[Any], out: Path, note: Callable[[str], No
     """One line a k: the error of the expected embedding where every generated position is masked (relative to its norm,
     mean and worst), and the decode with it beside the decode with the whole softmax. Writes soft_top.jsonl."""
     import djax
-    from djax.training.evaluate import difference, evaluate
+    from djax.tasks.evaluate import difference, evaluate
 
     def report(top: int | None) -> Any:
         smoothing = djax.Smoothing(top=top)

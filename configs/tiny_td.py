@@ -13,14 +13,14 @@ half of the block masked lost seven points in 200 updates: this model has next t
 ones meanwhile.
 """
 
-import djax
+from djax.decoding import Threshold
 from djax.distill import Compression, Distillation, Recipe, Settings, Stride
 
 RUN = Distillation(
     problems=8000,
     recordings=(
-        Settings(decoder=djax.Threshold(0.99), block_length=32),
-        Settings(decoder=djax.Threshold(0.99), block_length=128),
+        Settings(decoder=Threshold(0.99), block_length=32),
+        Settings(decoder=Threshold(0.99), block_length=128),
     ),
     recipe=Recipe(
         (Compression(Stride(64), beta=2.0),),
@@ -32,5 +32,5 @@ RUN = Distillation(
         evaluate_every=500,
         log_every=20,
     ),
-    decoding=Settings(decoder=djax.Threshold(0.99)),
+    decoding=Settings(decoder=Threshold(0.99)),
 )

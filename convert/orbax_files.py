@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from djax.directories import uninterrupted
+from djax.storage.directories import uninterrupted
 
 # Leaves are cut into pieces of at most this, so that a device that has a part of one reads little else, and written in groups
 # of about as many bytes as the second.

@@ -19,9 +19,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from djax import checkpoint_files
 from djax.errors import CheckpointError, PathError, list_problems, shorten
-from djax.files import parse_json
+from djax.storage import checkpoint_files
+from djax.storage.files import parse_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # as HF cuts them

@@ -1,18 +1,22 @@
 """djax: a JAX engine for diffusion language models. A whole decode is one XLA program."""
 
-from djax import interrupt
+from djax.runtime import interrupt
 
 # Before the imports that take a second.
 interrupt.leave_while_importing()
 
-from djax.ahead import compile, export_program
 from djax.caching import Block, Dual, Prefix, Vicinity
 from djax.caching.contract import Policy
-from djax.checkpoint import export_hf, load, save
-from djax.compilation import compile_cache
+from djax.checkpoints.checkpoint import export_hf, load, save
 from djax.decoding import Credit, Edit, Entropy, Factor, Fixed, FreeDave, Hierarchy, Threshold
 from djax.decoding.contract import Decoder, Verdict
-from djax.engine import Engine
+from djax.decoding.smoothing import Smoothing
+from djax.engine.ahead import compile, export_program
+from djax.engine.explain import explain
+from djax.engine.generate import Generation, Timing, generate
+from djax.engine.options import Options
+from djax.engine.slots import Engine
+from djax.engine.trace import Trace
 from djax.errors import (
     BatchError,
     CanvasError,
@@ -24,15 +28,12 @@ from djax.errors import (
     TripCapError,
     UnsupportedModelError,
 )
-from djax.explain import explain
-from djax.generate import Generation, Timing, generate
-from djax.model import Model, logits
-from djax.options import Options
+from djax.models.model import Model, logits
 from djax.presets import preset
 from djax.pytree import pytree
-from djax.sharding import mesh
-from djax.smoothing import Smoothing
-from djax.trace import Trace
+from djax.runtime.compilation import compile_cache
+from djax.runtime.sharding import mesh
+from djax.version import __version__ as __version__
 
 __all__ = [
     "BatchError",
@@ -79,4 +80,3 @@ __all__ = [
     "pytree",
     "save",
 ]
-__version__ = "0.1.0"

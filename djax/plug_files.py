@@ -20,9 +20,9 @@ from djax.caching.contract import Policy
 from djax.checks import describe, plug, show
 from djax.decoding import DECODERS
 from djax.decoding.contract import Decoder
+from djax.decoding.smoothing import SMOOTHINGS
 from djax.errors import OptionError
 from djax.plugs import parse, spelled
-from djax.smoothing import SMOOTHINGS
 
 _FILE = re.compile(r"(.*?\.py):(.*)", re.DOTALL)
 _CALL = re.compile(r"\s*\w+\s*\(")

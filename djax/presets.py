@@ -10,10 +10,10 @@ import jax
 from djax.caching import CACHES
 from djax.checks import plain_text, show
 from djax.decoding import DECODERS
+from djax.decoding.smoothing import SMOOTHINGS
+from djax.engine.options import make_options
 from djax.errors import OptionError
-from djax.options import make_options
 from djax.pytree import classes
-from djax.smoothing import SMOOTHINGS
 
 _SHIPPED = {*DECODERS.values(), *CACHES.values(), *SMOOTHINGS.values()}
 

@@ -45,7 +45,7 @@ def pytest_configure(config):
     import jax
 
     from djax.errors import OptionError
-    from djax.private import default_directory, private_directory
+    from djax.runtime.private import default_directory, private_directory
 
     try:
         private_directory(cache)

@@ -8,9 +8,10 @@ import numpy as np
 from test_distill_training import RECIPE, trajectories
 from tiny import CONFIG, tiny_model
 
-from djax import distill, sharding
+from djax import distill
 from djax.benchmarks import devices
 from djax.distill.trainer import Examples
+from djax.runtime import sharding
 from djax.training import trainer
 
 RECIPE = dataclasses.replace(RECIPE, steps=10, rate=1e-3)

@@ -11,10 +11,11 @@ from test_distill_training import RECIPE, trajectories
 from tiny import DENSE, LLADA2, tiny_model
 
 import djax
-from djax import distill, sharding
+from djax import distill
 from djax.benchmarks import devices
-from djax.checkpoint import abstract
+from djax.checkpoints.checkpoint import abstract
 from djax.models import quantized
+from djax.runtime import sharding
 
 FAMILIES = {
     "llada_moe": (devices.CONFIG, djax.Vicinity(3, 5)),

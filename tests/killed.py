@@ -13,7 +13,9 @@ MOMENTS = os.environ.get("DJAX_TEST_MOMENTS")
 
 # No device is ever asked for in the process they are forked from: what jax and Orbax start in threads would be lost by a fork.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["djax.conversion", "djax.training", "orbax.checkpoint.experimental.v1", "transformers"])
+CONTEXT.set_forkserver_preload(
+    ["djax.checkpoints.conversion", "djax.training", "orbax.checkpoint.experimental.v1", "transformers"]
+)
 
 
 def start(function, *arguments, **options):

@@ -10,10 +10,10 @@ import numpy as np
 from tiny import DENSE, LLADA2
 
 import djax
-from djax import sharding
 from djax.benchmarks import devices
 from djax.kernels import experts, experts_gpu
 from djax.models import moe
+from djax.runtime import sharding
 
 # Every decoder and every cache at least once, with and without smoothing; `djax bench devices` takes all pairs and more meshes.
 COMBINATIONS = [

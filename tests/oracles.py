@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from djax.source import describe
+from djax.checkpoints.source import describe
 
 FILE = Path(__file__).parent / "goldens" / "oracles.npz"
 # An eps that is seen in the logits. Everything else as small as it can be with nothing left out.

@@ -14,7 +14,7 @@ import pytest
 from test_batch_and_loop import draw_cache, draw_decoder, draw_smoothing, facts
 
 import djax
-from djax.training import problems
+from djax.tasks import problems
 
 FULL = bool(os.environ.get("DJAX_TEST_FUZZ"))
 BATCHES = 150 if FULL else 3

@@ -161,7 +161,7 @@ def test_explain_foretells_the_forwards(model):
 
 def test_the_cache_grows_in_place(model):
     """No keys or values of a whole layer are copied in the loop."""
-    from djax.generate import ask, compiled
+    from djax.engine.generate import ask, compiled
 
     asked = ask(model, [[1] * 11], dict(gen_length=50, block_length=8, cache=djax.Block()), "generate")
     text = compiled(model, asked, asked.asks[0])[0].as_text()

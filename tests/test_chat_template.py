@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 
 import djax
-from djax import bounded_jinja
-from djax.chat_template import render_chat
+from djax.checkpoints.source import SHIPPED
 from djax.errors import CheckpointError, PromptError
-from djax.source import SHIPPED
-from djax.text import encode, load_tokenizer
+from djax.text import bounded_jinja, encode, load_tokenizer
+from djax.text.chat_template import render_chat
 
 USER = {"role": "user", "content": "How many apples? "}
 CHATS = {

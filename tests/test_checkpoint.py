@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import djax
-from djax.checkpoint import inspect
+from djax.checkpoints.checkpoint import inspect
 from djax.convert.rules import check
 from djax.errors import CheckpointError, OptionError, PathError, UnsupportedModelError
 from djax.models import FAMILIES
@@ -384,7 +384,7 @@ def test_writing_is_all_or_nothing(tmp_path, moe_a, write, monkeypatch):
     def fail(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("djax.checkpoint.write_description", fail)
+    monkeypatch.setattr("djax.checkpoints.checkpoint.write_description", fail)
     with pytest.raises(KeyboardInterrupt):
         write(moe_a, tmp_path / "new")
     assert [p.name for p in tmp_path.iterdir()] == ["there"]

@@ -10,8 +10,8 @@ import pytest
 from test_hostile_checkpoints import edited, limited
 
 import djax
+from djax.checkpoints.source import SHIPPED, opened
 from djax.errors import CheckpointError, OptionError, PathError
-from djax.source import SHIPPED, opened
 
 OPTIONAL = {
     "generation_config.json": '{"eos_token_id": 0}',

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import GOLDENS
 
-from djax import generate
 from djax.cli import main
+from djax.engine import generate
 
 QUESTION = "Anna has 12 pens. She buys 7 more. She gives 4 to Tom. How many pens does Anna have now?"
 
@@ -296,7 +296,8 @@ way, sys.argv = sys.argv[1], ["djax", "info"]
 if way == "asked to ignore":
     import signal
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-from djax import checkpoint, cli
+from djax import cli
+from djax.checkpoints import checkpoint
 
 def wait(seconds=5):
     print("here", flush=True)

@@ -11,7 +11,7 @@ import pytest
 from tiny import tiny_model
 
 import djax
-from djax.compilation import compile_cache
+from djax.runtime.compilation import compile_cache
 
 OPTIONS = dict(gen_length=16, block_length=8)
 PROMPT = [1, 2, 3]

@@ -8,8 +8,8 @@ from safetensors.numpy import load_file, save_file
 from test_hostile_checkpoints import TEMPLATE, edited
 
 import djax
+from djax.checkpoints.source import SHIPPED, opened
 from djax.errors import CheckpointError
-from djax.source import SHIPPED, opened
 
 EOS, MASK = 0, 1
 

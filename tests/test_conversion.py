@@ -23,9 +23,9 @@ from safetensors.numpy import load_file, save_file
 from test_checkpoint import same_params
 
 import djax
-from djax import conversion
-from djax.checkpoint import inspect
-from djax.conversion import convert
+from djax.checkpoints import conversion
+from djax.checkpoints.checkpoint import inspect
+from djax.checkpoints.conversion import convert
 from djax.convert import orbax_files
 from djax.errors import CheckpointError, OptionError, PathError
 
@@ -401,7 +401,7 @@ def test_sums_that_are_not_there(tmp_path, moe_b):
 
 
 def test_a_conversion_that_is_running_is_left_alone(tmp_path):
-    from djax.directories import new_directory
+    from djax.storage.directories import new_directory
 
     with new_directory(tmp_path / "out") as one:
         (one / "something").write_text("here")

@@ -16,9 +16,9 @@ from djax.cli import decoding_options, main
 from djax.cli.generate import Generate
 from djax.distill.recording import record
 from djax.distill.run import judge
-from djax.options import FIELDS, describe
+from djax.engine.options import FIELDS, describe
 from djax.presets import presets
-from djax.training.evaluate import evaluate
+from djax.tasks.evaluate import evaluate
 
 # A value of each that is not its default: an option that is missing here fails the tests.
 VALUES = dict(

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from djax.caching import CACHES
 from djax.decoding import DECODERS, Credit, Edit, Entropy, Factor, Fixed, FreeDave, Hierarchy, Threshold
+from djax.decoding.smoothing import Smoothing
 from djax.kernels.vocabulary import find_peaks, peaks_on_cpu, plain_peaks
 from djax.pytree import classes
-from djax.smoothing import Smoothing
 
 ROWS, BLOCK, VOCAB, MASK = 3, 8, 11, 9
 # A plug of every kind, at both ends of its numbers. A decoder that is in the registry but not here fails the test.

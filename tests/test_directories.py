@@ -13,9 +13,9 @@ import threading
 import pytest
 from killed import die_at, end, interrupt_at, start
 
-from djax import directories
-from djax.directories import new_directory, uninterrupted
 from djax.errors import CheckpointError, OptionError
+from djax.storage import directories
+from djax.storage.directories import new_directory, uninterrupted
 
 FILES = {"a": "one", "folder/b": "two"}
 

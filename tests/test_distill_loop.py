@@ -15,8 +15,8 @@ from djax.benchmarks.report import read_lines
 from djax.cli import main
 from djax.distill.run import generated, read_problems
 from djax.errors import OptionError, TrainingError
-from djax.training import problems
-from djax.training.evaluate import evaluate
+from djax.tasks import problems
+from djax.tasks.evaluate import evaluate
 
 EASY = djax.Threshold(0.99)
 SETTINGS = distill.Settings(gen_length=96, decoder=EASY)

@@ -19,9 +19,8 @@ from tiny import tiny_model
 import djax
 from djax import distill
 from djax.distill import store as stores
-from djax.distill import verify
 from djax.errors import OptionError, TraceError, VerifierError
-from djax.training import problems
+from djax.tasks import problems, verify
 
 PROBLEMS = distill.run.generated(problems.not_held_out(7))
 OPTIONS = dict(gen_length=64, block_length=16, decoder=djax.Threshold(0.9))

@@ -30,12 +30,12 @@ from toy import toy_model
 
 import djax
 from djax.caching import CACHES
-from djax.compilation import enable_cache
 from djax.decoding import DECODERS
 from djax.decoding.contract import write
+from djax.decoding.smoothing import SMOOTHINGS
 from djax.errors import DjaxError
 from djax.plugs import parse
-from djax.smoothing import SMOOTHINGS
+from djax.runtime.compilation import enable_cache
 
 try:
     import torch

@@ -18,7 +18,7 @@ import djax
 from djax.decoding import DECODERS
 from djax.errors import OptionError
 from djax.plugs import parse
-from djax.training.problems import held_out
+from djax.tasks.problems import held_out
 
 EDITORS = [plug for name in DECODERS for plug in MADE[name] if plug.edits]
 

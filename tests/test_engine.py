@@ -18,7 +18,7 @@ from toy import toy_model
 import djax
 from djax.decoding.contract import write
 from djax.errors import BatchError, CanvasError, OptionError, TripCapError
-from djax.programs import Programs
+from djax.runtime.programs import Programs
 
 SCHEDULES = 100 if os.environ.get("DJAX_TEST_FUZZ") else 12
 KINDS = [

@@ -14,9 +14,9 @@ from toy import toy_model
 
 import djax
 from djax.caching import Uncached
+from djax.checkpoints.source import describe
 from djax.distill import recording, store
 from djax.errors import CheckpointError
-from djax.source import describe
 
 # Ids that these models' random weights propose now and then, so that answers end at each of them.
 ENDS = {"moe": (19, 46, 29), "dense": (19, 27, 9), "llada2": (27, 37, 45)}
@@ -218,7 +218,7 @@ def test_a_generation_config_that_is_none(copy, text):
 @pytest.mark.parametrize("role", ["pad", "bos", "unk", "eos"])
 def test_a_tokenizer_s_other_roles(tmp_path, role):
     """Two roles may share a token, but none the mask's."""
-    directory = shutil.copytree(djax.source.SHIPPED, tmp_path / "copy")
+    directory = shutil.copytree(djax.checkpoints.source.SHIPPED, tmp_path / "copy")
     write(directory, "tokenizer_config.json", **{f"{role}_token": "<|endoftext|>"})
     assert ids(directory) == (1, (0,))
     write(directory, "tokenizer_config.json", **{f"{role}_token": "<|mask|>"})
@@ -227,7 +227,7 @@ def test_a_tokenizer_s_other_roles(tmp_path, role):
 
 
 def test_a_tokenizer_s_eos_is_the_last_to_be_asked(tmp_path):
-    directory = shutil.copytree(djax.source.SHIPPED, tmp_path / "copy")
+    directory = shutil.copytree(djax.checkpoints.source.SHIPPED, tmp_path / "copy")
     write(directory, "config.json", eos_token_id=[9, 0])
     assert ids(directory) == (1, (9, 0))
     write(directory, "config.json", eos_token_id="absent")
@@ -259,7 +259,7 @@ def test_the_command_shows_them(copy):
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert (facts["eos_id"], facts["more_eos_ids"]) == (0, [4])
-    assert "more_eos_ids" not in djax.checkpoint.inspect(GOLDENS / "moe_a")
+    assert "more_eos_ids" not in djax.checkpoints.checkpoint.inspect(GOLDENS / "moe_a")
 
 
 def test_prompts_made_up_avoid_only_the_mask(tmp_path):

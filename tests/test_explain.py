@@ -10,7 +10,7 @@ from toy import family, toy_model
 
 import djax
 from djax.errors import BatchError, CanvasError, DjaxError, OptionError, PromptError
-from djax.programs import Programs
+from djax.runtime.programs import Programs
 
 BLOCK = 8
 # Prompts inside the first block, on a border and between two; canvases that end on a border and not; each one mask or more.
@@ -83,7 +83,7 @@ def refuse(*_, **__):
 
 def test_it_runs_no_model_and_compiles_no_decode(monkeypatch):
     """What jax compiles are the policy's own comparisons, of a single number each."""
-    module = sys.modules["djax.generate"]
+    module = sys.modules["djax.engine.generate"]
     monkeypatch.setattr(module, "compiled", refuse)
     monkeypatch.setattr(module, "PROGRAMS", Programs(most=1))
     model = toy_model(family=family(trunk=refuse, unembed=refuse, expected_embedding=refuse))
@@ -110,7 +110,7 @@ def test_it_runs_no_model_and_compiles_no_decode(monkeypatch):
 )
 def test_it_refuses_what_generate_refuses(kind, prompt, options, monkeypatch):
     if kind is BatchError:
-        monkeypatch.setattr("djax.request.device_memory", lambda: 2**10)
+        monkeypatch.setattr("djax.engine.request.device_memory", lambda: 2**10)
     with pytest.raises(DjaxError) as generated:
         djax.generate(toy_model(), prompt, **options)
     with pytest.raises(DjaxError) as explained:

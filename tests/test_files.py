@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from killed import end, start
 
-from djax import files
 from djax.benchmarks import distill as benchmark
 from djax.benchmarks import report
 from djax.distill.run import _before, read_problems
 from djax.distill.store import MANIFEST, Store
 from djax.errors import OptionError, TraceError
+from djax.storage import files
 from djax.training import run_directory
 
 ROOT = Path(__file__).parent.parent

@@ -21,8 +21,8 @@ from dinfer_loop import DInfer
 from test_golden_traces import CLEAN, FAMILIES, recorded, replay, smoothing
 
 import djax
-from djax.compilation import enable_cache
 from djax.errors import OptionError
+from djax.runtime.compilation import enable_cache
 
 OUTCOMES = GOLDENS / "deviations.json"
 README = GOLDENS.parent.parent / "README.md"

@@ -31,10 +31,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import djax
+from djax.checkpoints.source import opened
 from djax.convert import llada
 from djax.convert.safetensors_files import TensorFiles
 from djax.errors import CheckpointError, DjaxError, PathError
-from djax.source import opened
 
 FULL = bool(os.environ.get("DJAX_TEST_FUZZ"))
 CASES, SEEDS = (260, range(8)) if FULL else (60, range(2))

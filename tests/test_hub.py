@@ -13,7 +13,7 @@ import pytest
 from test_checkpoint import same_params
 
 import djax
-from djax.source import SHIPPED
+from djax.checkpoints.source import SHIPPED
 
 NAME, COMMIT = "someone/some-model", "0123456789abcdef0123456789abcdef01234567"
 READ = {file.name: file.read_bytes() for file in SHIPPED.iterdir()}

@@ -6,69 +6,39 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# Each package may import, of djax, only from these (and from itself).
-ALLOWED = {
-    "djax/errors.py": "",
-    "djax/checks.py": "errors",
-    "djax/pytree.py": "checks errors",
-    "djax/files.py": "errors",
-    "djax/private.py": "errors",
-    "djax/process.py": "errors",
-    "djax/programs.py": "",
-    "djax/interrupt.py": "",
-    "djax/cache_entries.py": "files",
-    "djax/checkpoint_files.py": "errors files",
-    "djax/consistency.py": "checkpoint_files errors",
-    "djax/tokenizer_files.py": "checkpoint_files consistency errors files",
-    "djax/compilation.py": "cache_entries checks errors private",
-    "djax/prompts.py": "checks errors",
-    "djax/bounded_jinja.py": "",
-    "djax/chat_template.py": "bounded_jinja errors",
-    "djax/text.py": "chat_template checks errors prompts tokenizer_files",
-    "djax/kernels": "errors files kernels private sharding",
-    "djax/models": "convert errors kernels models process sharding",
-    "djax/decoding": "checks decoding errors kernels.vocabulary pytree",
-    "djax/caching": "caching checks decoding.contract pytree",
-    "djax/smoothing.py": "checks pytree",
-    "djax/trace.py": "",
-    "djax/options.py": "caching.contract decoding smoothing",
-    "djax/stop.py": "checks errors",
-    "djax/plugs.py": "checks errors",
-    "djax/plug_files.py": "caching checks decoding errors plugs smoothing",
-    "convert": "checkpoint_files convert directories errors files",
-    "djax/directories.py": "checks errors",
-    "djax/source.py": "checkpoint_files consistency convert errors files models sharding text",
-    "djax/sharding.py": "checks errors process",
-    "djax/model.py": (
-        "checks compilation errors kernels.choice models.family models.quantized models.sight process programs prompts sharding"
+# Each room (a folder, or a file at the top of djax), below those that import from it: what it may import of djax, at the top
+# of a file or inside a function. "djax" is what the package itself exports.
+ROOMS = {
+    "errors": "",
+    "version": "",
+    "checks": "errors",
+    "plugs": "checks errors",
+    "pytree": "checks errors",
+    "storage": "checks errors",
+    "convert": "errors storage",
+    "pictures": "errors storage",
+    "runtime": "checks errors storage",
+    "text": "checks errors storage",
+    "kernels": "errors runtime storage",
+    "decoding": "checks errors kernels pytree",
+    "models": "checks convert errors kernels runtime text",
+    "caching": "checks decoding pytree",
+    "checkpoints": "checks convert errors models runtime storage text version",
+    "engine": "caching checks decoding errors kernels models plugs pytree runtime storage text",
+    "plug_files": "caching checks decoding errors plugs",
+    "tasks": "engine errors models runtime",
+    "training": "checkpoints checks errors kernels models runtime storage tasks text",
+    "distill": ("caching checkpoints checks decoding engine errors kernels models plugs pytree runtime storage tasks training"),
+    "configs": "caching decoding distill training",
+    "presets": "caching checks configs decoding engine errors pytree",
+    "djax": ("caching checkpoints decoding engine errors models presets pytree runtime version"),
+    "benchmarks": (
+        "caching checkpoints configs convert decoding distill djax engine errors kernels "
+        "models plugs pytree runtime storage tasks text"
     ),
-    "djax/program.py": (
-        "caching.contract decoding.contract decoding.not_before kernels.choice kernels.sight models.family models.layers "
-        "models.sight process smoothing trace"
-    ),
-    "djax/checkpoint.py": "checks convert directories errors model models process sharding source",
-    "djax/conversion.py": "checkpoint convert directories errors files process source",
-    "djax/request.py": (
-        "caching checks decoding errors kernels.choice model options plugs process program pytree smoothing stop text"
-    ),
-    "djax/generate.py": ("compilation errors model options process program programs pytree request sharding stop text trace"),
-    "djax/engine.py": ("checks compilation errors generate model options process program programs request"),
-    "djax/explain.py": ("checks decoding.contract errors generate kernels.dispatch model options process program request"),
-    "djax/ahead.py": ("checks compilation directories errors generate kernels.choice model options process program request"),
-    "djax/presets.py": "caching checks configs decoding errors options pytree smoothing",
-    "djax/pictures": "errors files pictures",
-    "djax/cli": (
-        "benchmarks checkpoint checks cli compilation configs conversion distill errors files "
-        "interrupt options pictures plug_files plugs presets training"
-    ),
-    "djax/distill": (
-        "caching checkpoint checks compilation decoding distill errors files generate model "
-        "kernels.sight models.family models.sight options plugs process pytree smoothing "
-        "source training"
-    ),
-    "djax/training": (
-        "checkpoint checks compilation directories errors files generate kernels.choice kernels.sight model "
-        "models options process sharding text training"
+    "cli": (
+        "benchmarks checkpoints checks configs distill djax engine errors pictures plug_files "
+        "plugs presets runtime storage tasks training"
     ),
 }
 
@@ -82,23 +52,55 @@ def imported(file):
             yield from (f"{node.module}.{alias.name}" for alias in node.names if node.module == "djax")
 
 
+def name_module(file):
+    """The dotted name of a file of the project."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == "djax" else ("djax", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def find_imports(file, modules):
+    """The modules of djax that a file imports from, wherever in it, by name, through a package or relatively."""
+    name = name_module(file)
+    package = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            found = [f"{base}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for one in found:
+            while one.startswith("djax.") and one not in modules:
+                one = one.rpartition(".")[0]
+            if one.split(".")[0] == "djax":
+                yield one
+
+
+def find_room(module):
+    return module.split(".")[1] if "." in module else "djax"
+
+
 def test_the_arrows():
-    for place, allowed in ALLOWED.items():
-        files = [ROOT / place] if place.endswith(".py") else sorted((ROOT / place).rglob("*.py"))
-        assert files, place
-        for file in files:
-            for name in imported(file):
-                if name.startswith("djax."):
-                    target = name.removeprefix("djax.")
-                    allows = any(target == module or target.startswith(f"{module}.") for module in allowed.split())
-                    assert allows, f"{file.relative_to(ROOT)} imports {name}"
+    """They are exactly these, and none points up."""
+    files = {name_module(f): f for top in ("djax", "convert", "configs", "benchmarks") for f in (ROOT / top).rglob("*.py")}
+    found = {find_room(module): set() for module in files}
+    for module, file in files.items():
+        found[find_room(module)] |= {find_room(one) for one in find_imports(file, files)} - {find_room(module)}
+    assert {room: " ".join(sorted(rooms)) for room, rooms in found.items()} == ROOMS
+    below = set()
+    for room, rooms in ROOMS.items():
+        assert set(rooms.split()) <= below, room
+        below.add(room)
 
 
 # What only djax/kernels may name: how a program asks for its platform, and what it calls there.
 OF_KERNELS = set("ffi pallas triton native platform_dependent default_backend why_not DJAX_KERNELS".split())
 PLATFORMS = set("cpu gpu cuda rocm tpu".split())
 # What says for which platform a program is made, or that a command computes on none but a CPU.
-NAMES_PLATFORMS = {"djax/ahead.py": PLATFORMS | {"default_backend"}, "djax/cli": {"cpu"}}
+NAMES_PLATFORMS = {"djax/engine/ahead.py": PLATFORMS | {"default_backend"}, "djax/cli": {"cpu"}}
 
 
 def named(file):
@@ -134,9 +136,9 @@ def test_flax_lives_in_models_and_where_trees_are_read():
         "djax/models/family.py",
         "djax/models/transformer.py",
         "djax/models/llada2.py",
-        "djax/source.py",
-        "djax/checkpoint.py",
-        "djax/ahead.py",
+        "djax/checkpoints/source.py",
+        "djax/checkpoints/checkpoint.py",
+        "djax/engine/ahead.py",
         "djax/distill/lora.py",
     }
 
@@ -157,4 +159,4 @@ def test_the_choice_of_kernels_is_read_at_public_doors_alone():
     """Never by what is traced, whose program it would change behind the back of the caches' keys."""
     readers = {"read_choice", "with_wanted_kernels"}
     found = {f.relative_to(ROOT).as_posix() for f in (ROOT / "djax").rglob("*.py") if readers & set(named(f))}
-    assert found == {"djax/kernels/choice.py", "djax/model.py", "djax/request.py", "djax/training/train.py"}
+    assert found == {"djax/kernels/choice.py", "djax/models/model.py", "djax/engine/request.py", "djax/training/train.py"}

@@ -10,12 +10,12 @@ import pytest
 
 import djax
 from djax.decoding.contract import write
-from djax.generate import ask as asking
+from djax.engine.generate import ask as asking
+from djax.engine.loop import decode
 from djax.kernels import dispatch
 from djax.kernels.choice import read_choice, traced_kernels, use_kernels, with_wanted_kernels
 from djax.kernels.linear import linear
-from djax.model import computing
-from djax.program import decode
+from djax.models.model import computing
 
 F32 = jnp.float32
 CASES = (

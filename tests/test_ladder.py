@@ -17,13 +17,13 @@ from djax import text
 from djax.benchmarks import ladder, oracle, soft_top
 from djax.benchmarks.ladder import Rung
 from djax.benchmarks.report import with_part
+from djax.engine.request import bucket
 from djax.errors import OptionError
-from djax.model import Model
 from djax.models import llada_moe
-from djax.programs import Programs
-from djax.request import bucket
-from djax.training.evaluate import Report, difference, wilson
-from djax.training.problems import held_out
+from djax.models.model import Model
+from djax.runtime.programs import Programs
+from djax.tasks.evaluate import Report, difference, wilson
+from djax.tasks.problems import held_out
 
 BEGIN, END = "<!-- djax bench ladder writes this -->", "<!-- end of ladder -->"
 PROBLEMS = held_out(4, seed=2)
@@ -94,7 +94,7 @@ def measured(speaker, tmp_path_factory):
         patch.setattr(ladder, "BATCH", 2)
         patch.setattr(ladder, "GEN_LENGTH", 140)
         # As in a process of its own, whatever other tests compiled in this one.
-        patch.setattr(sys.modules["djax.generate"], "PROGRAMS", Programs(most=32))
+        patch.setattr(sys.modules["djax.engine.generate"], "PROGRAMS", Programs(most=32))
         with pytest.raises(KeyboardInterrupt):
             ladder.measure(speaker, PROBLEMS, out, resume=False, note=killing, rungs=RUNGS)
         killed = (out / "ladder.jsonl").read_text()

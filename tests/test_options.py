@@ -218,7 +218,7 @@ def test_canvas_longer_than_the_model(moe_a):
 
 
 def test_a_batch_that_does_not_fit(moe_a, monkeypatch):
-    monkeypatch.setattr("djax.request.device_memory", lambda: 2**20)
+    monkeypatch.setattr("djax.engine.request.device_memory", lambda: 2**20)
     with pytest.raises(BatchError, match=r"8 prompts on a canvas of 192 .*pass max_batch"):
         djax.generate(moe_a, [IDS] * 8, cache=djax.Dual())
     with pytest.raises(BatchError, match=r"1 prompts .*lower gen_length or block_length"):

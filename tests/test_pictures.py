@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.text import Text
 
 import djax
+from djax.engine.trace import Trace
 from djax.errors import OptionError
 from djax.pictures import frames, page, terminal
-from djax.trace import Trace
 
 QUESTIONS = [
     "Ben has 20 coins. He finds 3 boxes with 6 coins each. He loses 9. How many coins does Ben have now?",

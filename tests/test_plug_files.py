@@ -14,11 +14,11 @@ from tiny import tiny_model
 import djax
 from djax.caching import Uncached
 from djax.cli import main
+from djax.decoding.smoothing import SMOOTHINGS
 from djax.distill import Settings
 from djax.errors import OptionError
 from djax.plug_files import read_plugs
 from djax.presets import check_preset
-from djax.smoothing import SMOOTHINGS
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "margin.py"
 OPTIONS = dict(gen_length=24, block_length=8, early_stop=False)

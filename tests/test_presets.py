@@ -13,10 +13,10 @@ from djax.caching import CACHES
 from djax.cli.decoding_options import PRESET
 from djax.configs import presets as package
 from djax.decoding import DECODERS
+from djax.decoding.smoothing import SMOOTHINGS
 from djax.errors import OptionError
 from djax.plugs import parse
 from djax.presets import presets
-from djax.smoothing import SMOOTHINGS
 
 # As their sources have it, not as the files do: dInfer 2510.08666, credit 2510.06133, Fast-dLLM 2505.22618, LLaDA 2502.09992.
 FAST = dict(decoder=djax.Threshold(0.9, slack=0.0), block_length=32, align_blocks=False, early_stop=False)

@@ -18,10 +18,11 @@ import pytest
 from killed import die_at, end, start
 
 import djax
-from djax import compilation, files
 from djax.errors import DjaxError, OptionError, PathError
 from djax.kernels import native
-from djax.private import check_contents, default_directory, private_directory, read_private
+from djax.runtime import compilation
+from djax.runtime.private import check_contents, default_directory, private_directory, read_private
+from djax.storage import files
 
 root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to other users")
 STRANGER = 12345
@@ -254,10 +255,10 @@ def test_homes_of_nobody(small):
 PLATFORMS = """
 import tempfile, pathlib, jax, djax
 from djax.training import train
-from djax.checkpoint import inspect
-from djax.conversion import convert
+from djax.checkpoints.checkpoint import inspect
+from djax.checkpoints.conversion import convert
 begin = lambda: train.train(None, pathlib.Path("run"))
-calls = (djax.load, djax.mesh, inspect, begin, lambda: convert(djax.source.SHIPPED, "out"))
+calls = (djax.load, djax.mesh, inspect, begin, lambda: convert(djax.checkpoints.source.SHIPPED, "out"))
 for wish in ("cuda", "tpu", "rocm", "nowhere", ",", "CUDA"):
     jax.config.update("jax_platforms", wish)
     for call in calls:

@@ -18,9 +18,9 @@ from tiny import CONFIG, DENSE, LLADA2, tiny_model
 from toy import toy_model
 
 import djax
-from djax import process
 from djax.errors import ForkError, OptionError
-from djax.programs import Programs
+from djax.runtime import process
+from djax.runtime.programs import Programs
 
 # Every setting of jax that may change what a computation gives, whether it runs, or what kind of error it raises.
 SETTINGS = [
@@ -87,7 +87,7 @@ def test_no_setting_of_jax_changes_an_answer(base, setting, tmp_path, name, valu
     setting(name, value)
     # Programs made before the change serve after it, and those made under it are the same.
     assert answers(model) == found
-    djax.programs.PROGRAMS.clear()
+    djax.runtime.programs.PROGRAMS.clear()
     assert answers(model) == found
     again = djax.logits(model, [[1, 2, 3, 4]])
     assert again.dtype == np.float32
@@ -225,7 +225,7 @@ def test_threads_generate_at_once():
     """Three shapes of canvas, eight threads: each answer is the one the shape gives alone."""
     model = toy_model()
     wanted = {n: djax.generate(model, [1, 2], gen_length=n, block_length=8).canvas.tolist() for n in (8, 70, 130)}
-    djax.programs.PROGRAMS.clear()
+    djax.runtime.programs.PROGRAMS.clear()
     wrong, start = [], threading.Barrier(8)
 
     def run(seed):

@@ -16,12 +16,12 @@ from toy import family, toy_model
 
 import djax
 from djax.decoding.contract import write
+from djax.engine.generate import compiled
+from djax.engine.loop import decode
+from djax.engine.request import prepare
 from djax.errors import TripCapError
-from djax.generate import compiled
-from djax.program import decode
-from djax.programs import Programs
-from djax.request import prepare
-from djax.training.problems import held_out
+from djax.runtime.programs import Programs
+from djax.tasks.problems import held_out
 
 EVERYTHING = dict(gen_length=32, block_length=16)
 
@@ -235,7 +235,7 @@ def test_programs_that_are_let_go_are_gone(monkeypatch):
     """A CPU program holds hundreds of memory mappings: one that leaves djax's own list must not live on in jax's caches."""
     model, client = tiny_model(), jax.devices()[0].client
     kept = Programs(most=2)
-    monkeypatch.setattr(sys.modules["djax.generate"], "PROGRAMS", kept)
+    monkeypatch.setattr(sys.modules["djax.engine.generate"], "PROGRAMS", kept)
     lives = []
     for block_length in (5, 6, 7, 8):
         djax.generate(model, [1, 2, 3], gen_length=20, block_length=block_length)

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import pytest
 
 from djax.benchmarks.compile import LLADA_MOE_7B
+from djax.checkpoints.source import shapes
 from djax.convert import rules
 from djax.errors import CheckpointError
 from djax.models import llada, llada2, llada_moe
 from djax.models.family import Family
-from djax.source import shapes
 
 LLADA2 = {
     "vocab_size": 157184,

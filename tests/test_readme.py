@@ -16,7 +16,7 @@ import djax
 from djax.benchmarks import compile as compiling
 from djax.benchmarks import conversion, devices, distill, ladder, soft_top, speed
 from djax.benchmarks.report import read_lines, with_part
-from djax.source import SHIPPED
+from djax.checkpoints.source import SHIPPED
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

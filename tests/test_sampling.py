@@ -12,9 +12,9 @@ from toy import toy_model
 
 import djax
 from djax.decoding.contract import Look, Tick, candidates, keep_likeliest
+from djax.engine.loop import decode
+from djax.engine.request import prepare
 from djax.errors import OptionError
-from djax.program import decode
-from djax.request import prepare
 
 POSITIONS, VOCAB, MASK = 16, 23, 5
 

@@ -17,8 +17,8 @@ import pytest
 from sandbox_attempts import BAD, FORGE, GOOD, TOUCH
 
 from djax import distill
-from djax.distill import sandbox, sandbox_filter
 from djax.errors import VerifierError
+from djax.tasks import sandbox, sandbox_filter
 
 TESTS = "assert add(2, 3) == 5"
 OUTCOME = sandbox.run(GOOD, TESTS, seconds=10, megabytes=1024)

@@ -13,8 +13,8 @@ from conftest import GOLDENS
 from jax.sharding import Mesh
 
 import djax
-from djax import sharding
 from djax.errors import OptionError
+from djax.runtime import sharding
 
 HERE = Path(__file__).parent
 

@@ -14,8 +14,9 @@ from tiny import CONFIG
 from toy import toy_model
 
 import djax
-from djax import stop, text
+from djax import text
 from djax.cli import main
+from djax.engine import stop
 from djax.errors import OptionError
 
 # Of characters of one to four bytes, of which most are several tokens.

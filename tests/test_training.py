@@ -20,13 +20,14 @@ import pytest
 from runs_of_before import as_before
 
 import djax
+from djax.checkpoints.source import NAMED, SHIPPED
 from djax.configs.small import RUN
 from djax.errors import OptionError, TrainingError
 from djax.models import FAMILIES
-from djax.source import NAMED, SHIPPED
-from djax.training import data, objective, problems, tokenizer
+from djax.tasks import problems
+from djax.tasks.evaluate import evaluate, wilson
+from djax.training import data, objective, tokenizer
 from djax.training import train as training
-from djax.training.evaluate import evaluate, wilson
 from djax.training.train import Stage, train
 
 

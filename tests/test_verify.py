@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from djax import distill
-from djax.distill import verify
 from djax.errors import OptionError, TraceError, VerifierError
-from djax.training import problems
+from djax.tasks import problems, verify
 
 F = fractions.Fraction
 

@@ -2,8 +2,8 @@
 
 import jax
 
-from djax.model import Model
 from djax.models import FAMILIES, llada, llada2, llada_moe
+from djax.models.model import Model
 
 SHARED = dict(vocab=48, width=16, rope_theta=10000.0, eps=1e-5, max_positions=256, mask_id=47, eos_id=46)
 CONFIG = llada_moe.Config(

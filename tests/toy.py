@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from tiny import CONFIG
 
-from djax.model import Model
 from djax.models.family import Family
+from djax.models.model import Model
 
 
 def embed(params, config, tokens):

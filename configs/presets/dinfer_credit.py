@@ -5,11 +5,12 @@
 The paper's row "no KV": 54.33 mean score at 4.29 tokens a forward with LLaDA-MoE.
 """
 
-import djax
+from djax.decoding import Credit, Threshold
+from djax.decoding.smoothing import Smoothing
 
 PRESET = dict(
-    decoder=djax.Credit(djax.Threshold(0.8)),
+    decoder=Credit(Threshold(0.8)),
     cache=None,
-    smoothing=djax.Smoothing(),
+    smoothing=Smoothing(),
     block_length=64,
 )

@@ -5,11 +5,13 @@
 The paper's row for the distilled model, LLaDA-MoE-TD (arXiv 2510.08666): 52.72 mean score at 5.67 tokens a forward.
 """
 
-import djax
+from djax.caching import Vicinity
+from djax.decoding import Hierarchy
+from djax.decoding.smoothing import Smoothing
 
 PRESET = dict(
-    decoder=djax.Hierarchy(high=0.92, low=0.62),
-    cache=djax.Vicinity(before=16, after=16, warmup=4),
-    smoothing=djax.Smoothing(),
+    decoder=Hierarchy(high=0.92, low=0.62),
+    cache=Vicinity(before=16, after=16, warmup=4),
+    smoothing=Smoothing(),
     block_length=64,
 )

@@ -5,11 +5,13 @@
 The paper's row "KV": 53.96 mean score at 3.87 tokens a forward with LLaDA-MoE.
 """
 
-import djax
+from djax.caching import Vicinity
+from djax.decoding import Threshold
+from djax.decoding.smoothing import Smoothing
 
 PRESET = dict(
-    decoder=djax.Threshold(0.8),
-    cache=djax.Vicinity(before=16, after=16, warmup=4),
-    smoothing=djax.Smoothing(),
+    decoder=Threshold(0.8),
+    cache=Vicinity(before=16, after=16, warmup=4),
+    smoothing=Smoothing(),
     block_length=64,
 )

@@ -5,11 +5,12 @@
 The steps of a block are those of `fast_dllm_prefix`; only the block itself is run between refreshes.
 """
 
-import djax
+from djax.caching import Dual
+from djax.decoding import Threshold
 
 PRESET = dict(
-    decoder=djax.Threshold(0.9, slack=0.0),
-    cache=djax.Dual(surplus=False),
+    decoder=Threshold(0.9, slack=0.0),
+    cache=Dual(surplus=False),
     block_length=32,
     align_blocks=False,
     early_stop=False,

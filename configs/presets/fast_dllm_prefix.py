@@ -7,11 +7,12 @@ alone where none reaches the threshold; blocks start at the end of the prompt an
 prefix cache differs in all three: `Prefix()`, `Threshold(0.9)`, `align_blocks=True`.
 """
 
-import djax
+from djax.caching import Prefix
+from djax.decoding import Threshold
 
 PRESET = dict(
-    decoder=djax.Threshold(0.9, slack=0.0),
-    cache=djax.Prefix(surplus=False),
+    decoder=Threshold(0.9, slack=0.0),
+    cache=Prefix(surplus=False),
     block_length=32,
     align_blocks=False,
     early_stop=False,

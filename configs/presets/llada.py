@@ -5,6 +5,6 @@
 LLaDA's blocks start at the end of the prompt and its whole canvas is decoded, whatever EOS stands in it.
 """
 
-import djax
+from djax.decoding import Fixed
 
-PRESET = dict(decoder=djax.Fixed(1), cache=None, block_length=32, align_blocks=False, early_stop=False)
+PRESET = dict(decoder=Fixed(1), cache=None, block_length=32, align_blocks=False, early_stop=False)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 import tyro
 from rich.console import Console
 
-from djax import interrupt
 from djax.cli.bench import Bench
 from djax.cli.compile import CompileAhead
 from djax.cli.console import say
@@ -25,6 +24,7 @@ from djax.cli.info import Info
 from djax.cli.streams import drop_output, escape_output, open_closed_streams
 from djax.cli.train import Train
 from djax.errors import DjaxError
+from djax.runtime import interrupt
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from djax.errors import PromptError
-from djax.files import decode
+from djax.storage.files import decode
 
 Checkpoint = Annotated[str | None, arg(metavar="DIR")]
 

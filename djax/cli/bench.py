@@ -216,7 +216,7 @@ class Bench:
 def _load_model_and_problems(path: str | None, count: int) -> tuple[Any, list[Any]]:
     import djax
     from djax.checks import whole_number
-    from djax.training.problems import held_out
+    from djax.tasks.problems import held_out
 
     problems = held_out(whole_number(count, "--problems", at_least=1))
     return djax.load(path), problems

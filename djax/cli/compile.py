@@ -48,7 +48,7 @@ class CompileAhead:
             import jax
 
             import djax
-            from djax.compilation import enable_cache
+            from djax.runtime.compilation import enable_cache
 
             enable_cache()
             if self.export is None and not jax.config.jax_compilation_cache_dir:

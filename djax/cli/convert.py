@@ -30,8 +30,8 @@ class Convert:
     def run(self, console: Console) -> None:
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-        from djax.checkpoint import warn_of
-        from djax.conversion import convert
+        from djax.checkpoints.checkpoint import warn_of
+        from djax.checkpoints.conversion import convert
 
         bar = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         with Progress(*bar, console=console, transient=True, disable=not console.is_terminal) as shown:

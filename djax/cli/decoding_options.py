@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from tyro.conf import UseAppendAction, arg
 
 from djax.cli.arguments import read_argument
-from djax.options import FIELDS, describe, is_repeated, list_types
+from djax.engine.options import FIELDS, describe, is_repeated, list_types
 
 PRESET = """A published way to decode, whose values then are the defaults of the options below (with --help: shown there):
 llada, fast_dllm_prefix, fast_dllm_dual, dinfer_vicinity, dinfer_credit or dinfer_hierarchy."""

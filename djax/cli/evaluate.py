@@ -33,8 +33,8 @@ class Evaluate:
 
         import djax
         from djax.checks import whole_number
-        from djax.training.evaluate import evaluate
-        from djax.training.problems import held_out
+        from djax.tasks.evaluate import evaluate
+        from djax.tasks.problems import held_out
 
         options = self.decoding.options()
         whole_number(self.batch, "--batch", at_least=1)

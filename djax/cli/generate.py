@@ -13,7 +13,7 @@ from djax.cli.arguments import Checkpoint
 from djax.cli.console import say, show_working
 from djax.cli.decoding_options import DecodingOptions, describe_flag, get_start
 from djax.cli.questions import read_questions
-from djax.options import FIELDS
+from djax.engine.options import FIELDS
 
 
 @dataclasses.dataclass

@@ -23,7 +23,7 @@ class Info:
     """Read all parameters of an Orbax directory and compare them with the SHA-256 sums that `djax convert` noted."""
 
     def run(self, console: Console) -> None:
-        from djax.checkpoint import inspect
+        from djax.checkpoints.checkpoint import inspect
 
         with show_working(console, "verifying") if self.verify else nullcontext():
             facts = inspect(self.model, verify=self.verify)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from djax.cli.arguments import read_argument
 from djax.errors import OptionError, PromptError
-from djax.files import decode
+from djax.storage.files import decode
 
 
 def read_questions(question: str | None, file: Path | None, *, lines: bool) -> list[tuple[int, str]]:

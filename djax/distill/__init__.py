@@ -5,10 +5,11 @@ from djax.distill.objectives import OBJECTIVES, Certainty, Compression, Plain
 from djax.distill.pairs import PAIRS, Curriculum, Stride, Uniform
 from djax.distill.recording import record
 from djax.distill.run import Distillation, distil, judge
+from djax.distill.selection import keep
 from djax.distill.settings import Settings
 from djax.distill.store import Store, Trajectory
 from djax.distill.trainer import Recipe, train
-from djax.distill.verify import VERIFIERS, exact, keep, python
+from djax.tasks.verify import VERIFIERS, exact, python
 
 __all__ = [
     "OBJECTIVES",

@@ -16,8 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from djax.checks import integer, number
 from djax.errors import OptionError
-from djax.model import Model
 from djax.models.family import Family
+from djax.models.model import Model
 from djax.training.contract import Weights
 
 

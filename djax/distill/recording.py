@@ -10,11 +10,11 @@ import numpy as np
 
 from djax.checks import whole_number
 from djax.distill.store import Question, Store, Trajectory
+from djax.engine.generate import Generation, generate
+from djax.engine.options import make_options, show_options
 from djax.errors import OptionError, TraceError
-from djax.generate import Generation, generate
-from djax.model import Model
-from djax.options import make_options, show_options
-from djax.process import with_own_settings
+from djax.models.model import Model
+from djax.runtime.process import with_own_settings
 
 # Trajectories a file, as many as are lost when a recording is killed.
 PART = 500

@@ -11,21 +11,22 @@ from typing import Any
 
 import numpy as np
 
-from djax import checkpoint
+from djax.checkpoints import checkpoint
 from djax.checks import integer, number
-from djax.distill import verify
 from djax.distill.recording import record
+from djax.distill.selection import keep
 from djax.distill.settings import Settings
 from djax.distill.store import Question, Trajectory
 from djax.distill.trainer import Recipe, train
+from djax.engine.generate import Generation, generate
+from djax.engine.options import show_options
 from djax.errors import OptionError, TraceError
-from djax.files import expand_home, parse_json, read_text, write
-from djax.generate import Generation, generate
-from djax.model import Model
-from djax.options import show_options
-from djax.process import with_own_settings
-from djax.training import problems as word_problems
-from djax.training.evaluate import Report, measure
+from djax.models.model import Model
+from djax.runtime.process import with_own_settings
+from djax.storage.files import expand_home, parse_json, read_text, write
+from djax.tasks import problems as word_problems
+from djax.tasks import verify
+from djax.tasks.evaluate import Report, measure
 from djax.training.run_directory import writing
 
 # Problems decoded together while recording. Changes no trajectory.
@@ -145,7 +146,7 @@ def recorded(
         options = dict(samples=run.samples, max_batch=BATCH, progress=told)
         store = record(model, problems, traces / str(n), **options, **settings.options())
         recording = time.perf_counter()
-        kept += verify.keep(store, verifier, least=run.least, first=total)
+        kept += keep(store, verifier, least=run.least, first=total)
         facts["trajectories"] += total
         facts["bytes"] += store.bytes
         facts["filter_seconds"] = round(facts.get("filter_seconds", 0.0) + time.perf_counter() - recording, 2)

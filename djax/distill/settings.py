@@ -5,10 +5,10 @@ from typing import Any
 
 from djax.caching import CACHES
 from djax.decoding import DECODERS
+from djax.decoding.smoothing import SMOOTHINGS
+from djax.engine.options import FIELDS
 from djax.errors import OptionError
-from djax.options import FIELDS
 from djax.plugs import parse
-from djax.smoothing import SMOOTHINGS
 
 # Stored runs are compared by their settings. These always name the options of the first stores, in this order; of the others
 # those that are not at their default, so that a new option makes no store another one.

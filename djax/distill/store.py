@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from djax.errors import TraceError
-from djax.files import expand_home, parse_json, read_text, write
-from djax.model import Model
+from djax.models.model import Model
+from djax.storage.files import expand_home, parse_json, read_text, write
 from djax.training.checksum import checksum as checksum
 
 MANIFEST, FORMAT = "store.json", 1

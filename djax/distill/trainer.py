@@ -14,14 +14,14 @@ import jax
 import numpy as np
 
 from djax.checks import number, plug
-from djax.compilation import enable_cache
 from djax.distill.lora import Adapters, Lora
 from djax.distill.objectives import Compression, Row
 from djax.distill.store import Trajectory, checksum
 from djax.distill.supervised import Supervised
 from djax.errors import OptionError
-from djax.model import Model
-from djax.process import with_own_settings
+from djax.models.model import Model
+from djax.runtime.compilation import enable_cache
+from djax.runtime.process import with_own_settings
 from djax.training.contract import Batches, Objective, Weights
 from djax.training.plan import Plan, check_plan, check_rows
 from djax.training.trainer import Evaluate, fit

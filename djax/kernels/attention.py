@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from djax.kernels import attention_cpu, attention_gpu, dispatch
 from djax.kernels.plain import attend, flat, rms_norm, rotate
 from djax.kernels.sight import Sight
-from djax.sharding import split
+from djax.runtime.sharding import split
 
 Pair = tuple[jax.Array, jax.Array]
 

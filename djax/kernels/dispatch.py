@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from djax.kernels import native
 from djax.kernels.choice import ENVIRONMENT, Kernels, traced_kernels
 from djax.kernels.experts_gpu import COLUMNS
-from djax.sharding import MODEL, split
+from djax.runtime.sharding import MODEL, split
 
 # The platform of a row that stands for every platform.
 ANY = "any"

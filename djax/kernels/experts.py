@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from djax.kernels import dispatch, experts_cpu, experts_gpu, experts_tiles
 from djax.kernels.plain import gated
 from djax.kernels.weights import Weights, at, product, values
-from djax.sharding import split
+from djax.runtime.sharding import split
 
 
 class Routing(NamedTuple):

@@ -14,7 +14,7 @@ from djax.kernels.sight import Sight
 from djax.models.layers import Cache, by_head
 from djax.models.sight import Visibility
 from djax.models.transformer import Transformer
-from djax.process import make_key
+from djax.runtime.process import make_key
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from djax.sharding import split
+from djax.runtime.sharding import split
 
 
 class Cache(NamedTuple):

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from djax import files
 from djax.errors import OptionError
 from djax.pictures.frames import Replay
+from djax.storage import files
 
 
 def facts(question: str | None, generation: Any, settings: Mapping[str, Any]) -> dict[str, str]:

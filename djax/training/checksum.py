@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from djax.model import Model
 from djax.models.hf import list_settings
+from djax.models.model import Model
 
 
 def checksum(model: Model) -> str:

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from djax.kernels.sight import Sight
-from djax.model import Model
 from djax.models.family import Family
+from djax.models.model import Model
 from djax.models.sight import see
-from djax.sharding import DATA
+from djax.runtime.sharding import DATA
 from djax.training.balance import balance_loss
 
 Parts = dict[str, jax.Array]

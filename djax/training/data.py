@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from djax.errors import OptionError
-from djax.training import problems
+from djax.tasks import problems
 
 
 def example(tokenizer: Any, problem: problems.Problem) -> tuple[list[int], list[int]]:

@@ -11,7 +11,7 @@ import optax
 
 from djax.checks import flag, integer, number, one_of
 from djax.errors import OptionError
-from djax.model import Model
+from djax.models.model import Model
 
 Schedule = Callable[[jax.Array], jax.Array]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from djax.checks import describe
 from djax.errors import CheckpointError, DjaxError, OptionError, TrainingError
-from djax.files import parse_json, read_text, write
+from djax.storage.files import parse_json, read_text, write
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from djax.training import problems
+from djax.tasks import problems
 
 EOS, MASK = "<|endoftext|>", "<|mask|>"
 SPECIAL = [EOS, MASK, "<role>", "</role>", "<|role_end|>"]

@@ -6,15 +6,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from djax import checkpoint, text
-from djax.compilation import enable_cache
-from djax.directories import new_directory
+from djax import text
+from djax.checkpoints import checkpoint
 from djax.errors import CheckpointError, OptionError
 from djax.kernels.choice import with_wanted_kernels
-from djax.model import Model
 from djax.models import FAMILIES
-from djax.process import make_key, with_own_settings
-from djax.sharding import find_devices
+from djax.models.model import Model
+from djax.runtime.compilation import enable_cache
+from djax.runtime.process import make_key, with_own_settings
+from djax.runtime.sharding import find_devices
+from djax.storage.directories import new_directory
 from djax.training import data, tokenizer
 from djax.training.contract import Batches
 from djax.training.objective import Batch, Diffusion

@@ -22,12 +22,12 @@ from jax.sharding import PartitionSpec as P
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from djax.checks import show, type_name
-from djax.compilation import enable_cache
 from djax.errors import OptionError, TrainingError
-from djax.files import expand_home
-from djax.model import Model, computing
-from djax.process import make_key, with_own_settings
-from djax.sharding import DATA
+from djax.models.model import Model, computing
+from djax.runtime.compilation import enable_cache
+from djax.runtime.process import make_key, with_own_settings
+from djax.runtime.sharding import DATA
+from djax.storage.files import expand_home
 from djax.training.checksum import checksum
 from djax.training.contract import Batches, Network, Objective, Own, Weights
 from djax.training.plan import Plan, check_rows, make_optimizer

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
-from djax.process import make_key
-from djax.sharding import DATA
+from djax.runtime.process import make_key
+from djax.runtime.sharding import DATA
 from djax.training.contract import Draw, Network, Objective, Own, Weights
 from djax.training.plan import Plan, make_optimizer
 

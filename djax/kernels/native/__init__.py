@@ -3,7 +3,7 @@
 They are compiled for the processor and the jaxlib (whose headers come with it) of this machine, so no wheel has to have them;
 where that is not possible djax does without (`why_not`). Which programs call them, `djax.kernels.dispatch` says.
 
-A library that is kept is code that later runs execute. It lies in a private directory (`djax.private`), ends with its SHA-256,
+A library that is kept is code that later runs execute. It lies in a private directory, ends with its SHA-256,
 and is loaded from a copy in memory of the bytes that were checked, never from the file.
 """
 
@@ -29,9 +29,9 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 
-from djax import files
 from djax.errors import OptionError
-from djax.private import default_directory, private_directory, read_private
+from djax.runtime.private import default_directory, private_directory, read_private
+from djax.storage import files
 
 FUNCTIONS = ("djax_experts", "djax_attention", "djax_dense", "djax_peaks")
 COMPILERS = ("c++", "g++", "clang++")

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from djax.checkpoint_files import list_files, read_object, read_text
-from djax.consistency import check_chat_templates, check_special_tokens
 from djax.errors import CheckpointError, shorten
-from djax.files import parse_json
+from djax.storage.checkpoint_files import list_files, read_object, read_text
+from djax.storage.consistency import check_chat_templates, check_special_tokens
+from djax.storage.files import parse_json
 
 TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 # What transformers reads besides; a chat_template.json is for processors and only compared.

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from djax.generate import Generation, generate
-from djax.model import Model
-from djax.options import show_options
-from djax.process import with_own_settings
-from djax.training.problems import Problem, stated_result
+from djax.engine.generate import Generation, generate
+from djax.engine.options import show_options
+from djax.models.model import Model
+from djax.runtime.process import with_own_settings
+from djax.tasks.problems import Problem, stated_result
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from djax.checkpoint import finite, known_dtype, known_not_finite, write_description, write_manifest
+from djax.checkpoints.checkpoint import finite, known_dtype, known_not_finite, write_description, write_manifest
+from djax.checkpoints.source import ORBAX, Source, kinds, opened, sum_bytes, written
 from djax.convert import orbax_files, rules, safetensors_files
 from djax.convert.safetensors_files import TensorFiles
-from djax.directories import free, new_directory
 from djax.errors import CheckpointError, OptionError
-from djax.files import expand_home
-from djax.process import with_own_settings
-from djax.source import ORBAX, Source, kinds, opened, sum_bytes, written
+from djax.runtime.process import with_own_settings
+from djax.storage.directories import free, new_directory
+from djax.storage.files import expand_home
 
 LAYOUTS = ("orbax", "hf")
 Progress = Callable[[str, int, int], None]

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from djax.checks import is_array, reading, show, whole_number
 from djax.errors import OptionError
-from djax.process import with_own_settings
+from djax.runtime.process import with_own_settings
 
 DATA, MODEL = AXES = ("data", "model")
 # Logical axes of parameters, as the families name them, to axes of the mesh. What is not here is on every device.

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from djax import files
 from djax.errors import CheckpointError, shorten
+from djax.storage import files
 
 # Bytes of text that are read at most; safetensors' own limit for a header.
 MOST_TEXT = 100_000_000

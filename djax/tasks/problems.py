@@ -15,7 +15,7 @@ import dataclasses
 import random
 import zlib
 
-from djax.training.stated import stated_result as stated_result
+from djax.tasks.stated import stated_result as stated_result
 
 HELD_OUT_IN = 16
 STEPS = (2, 6)

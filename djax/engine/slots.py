@@ -10,15 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from djax.checks import boolean, show, whole_number, word
-from djax.compilation import enable_cache
+from djax.engine.carry import Request, join, start
+from djax.engine.generate import Generation, Timing, ask, read_row, unfinished
+from djax.engine.loop import BLOCK_FINISHED, NO_EVENT, ROW_ENDED, run
+from djax.engine.options import show_options
+from djax.engine.request import Asked, check_memory
 from djax.errors import BatchError, CanvasError, OptionError
-from djax.generate import Generation, Timing, ask, read_row, unfinished
-from djax.model import Model, computing, known_model
-from djax.options import show_options
-from djax.process import with_own_settings
-from djax.program import BLOCK_FINISHED, NO_EVENT, ROW_ENDED, Request, join, run, start
-from djax.programs import PROGRAMS, kinds
-from djax.request import Asked, check_memory
+from djax.models.model import Model, computing, known_model
+from djax.runtime.compilation import enable_cache
+from djax.runtime.process import with_own_settings
+from djax.runtime.programs import PROGRAMS, kinds
 
 _NO_TIME = Timing(0.0, 0.0)  # of a row alone there is none: all share the device
 EVENTS = {"end": NO_EVENT, "row": ROW_ENDED, "block": BLOCK_FINISHED}

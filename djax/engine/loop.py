@@ -6,184 +6,55 @@ into a free slot. Each row has its own request, block pointer and counters and n
 canvas, forwards and refreshes it gets alone, whenever it joined.
 """
 
-import dataclasses
-from collections.abc import Callable
-from functools import partial, reduce, wraps
+from functools import partial, reduce
 from operator import or_
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from djax.caching.contract import Plan, Policy
-from djax.decoding.contract import Decoder, Look, Tick, Verdict
+from djax.caching.contract import Plan
+from djax.decoding.contract import Look, Tick, Verdict
 from djax.decoding.not_before import NotBefore
-from djax.kernels.choice import Kernels, use_kernels
+from djax.engine.carry import Carry, Request, Rows, Spec, copy_block, get_row, put_row, start, take, with_its_kernels
+from djax.engine.frame import frame_windows, list_widths
 from djax.kernels.sight import HIDDEN_RANK
-from djax.models.family import Family
 from djax.models.layers import Cache
 from djax.models.sight import rank_keys, see
-from djax.process import make_key
-from djax.smoothing import Smoothing
-from djax.trace import Record
+from djax.runtime.process import make_key
 
 # The widest window whose logits are made all at once, a row.
 AT_ONCE = 256
-# The shortest canvas of a batch whose rows are run at widths of their own.
-LONG = 512
+
+
 # The events that end a `run` early: none, a row has ended, a row has finished a block.
 NO_EVENT, ROW_ENDED, BLOCK_FINISHED = range(3)
-Plugs = tuple[Decoder, Policy, Smoothing | None]
-R = TypeVar("R")
 
 
-class Request(NamedTuple):
-    """What each row is asked, all traced: new prompts, lengths, seeds or thresholds compile nothing.
-
-    tokens      int32 `[B, L]`: prompt, then masks, then padding. () in a carry, whose rows have the canvas.
-    prompt      int32 `[B]`, where the prompt ends.
-    total       int32 `[B]`, where the canvas ends; 0 in a slot that is free.
-    least       int32 `[B]`, the position before which no EOS is proposed.
-    start       int32 `[B]`, where the first block starts.
-    seed        uint32 `[B]`.
-    temperature float32 `[B]`.
-    top_p       float32 `[B]`, 1 cuts nothing. () in the carry of a program that cuts nothing, as is top_k.
-    top_k       int32 `[B]`, 0 cuts nothing.
-    early_stop  bool `[B]`.
-    cap         int32 `[B]`, the turns after which a row that still has masks is given up.
-    numbers     the leaves of the plugs in the order of `Spec.plugs`, each with leading axis B.
-    """
-
-    tokens: Any
-    prompt: jax.Array
-    total: jax.Array
-    least: jax.Array
-    start: jax.Array
-    seed: jax.Array
-    temperature: jax.Array
-    top_p: jax.Array
-    top_k: jax.Array
-    early_stop: jax.Array
-    cap: jax.Array
-    numbers: tuple[jax.Array, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """What is static to a program. Equal ones share it, and a carry belongs to the spec it was started with.
-
-    family, config: of the model. block: S. sampled: decoders get a random key. traced: every forward is recorded.
-    plugs: the tree of decoder, policy and smoothing, without their numbers. kinds: their classes. truncated: rows may draw from
-    fewer than all tokens. kernels: which ones the program may have.
-    """
-
-    family: Family
-    config: Any
-    block: int
-    sampled: bool
-    traced: bool
-    plugs: Any
-    kinds: tuple
-    truncated: bool = False
-    kernels: Kernels = "djax"
-
-    def build(self, numbers: Any) -> Plugs:
-        """Decoder, policy and smoothing with these numbers."""
-        return jax.tree.unflatten(self.plugs, numbers)
-
-
-class Rows(NamedTuple):
-    """The part of the carry that a row's own forwards change.
-
-    tokens       int32 `[B, L]`, the canvas.
-    active       bool `[B]`, still decoding.
-    start        int32 `[B]`, first position of the current block.
-    block        int32 `[B]`, its index.
-    done         bool `[B]`, whether its decoder asks for no further forward of it.
-    stop         bool `[B]`, whether its decoder ended the row.
-    iteration    int32 `[B]`, turns of the loop so far.
-    forwards     int32 `[B]`, network forwards so far.
-    refreshes    int32 `[B]`, those that refilled the cache.
-    positions    int32 `[B]`, canvas positions run through the network, over all forwards.
-    call         int32 `[B]`, decode calls in the current block.
-    cached_block int32 `[B]`, block in which the cache was last filled; -1 while it is empty.
-    cached       int32 `[B]`, up to which position the cache is final; () unless the policy commits what windows read.
-    drafts       int32 `[B, D, S]`, what the next forward reads of the block; () unless the decoder has drafts.
-    drafted      int32 `[B]`, how many of them; () likewise.
-    saved        int32 `[B]`, forwards that verified drafts made needless; () likewise.
-    decoder      the decoder's state, any pytree with leading axis B.
-    soft         `[B, L, D]`, the embeddings the next forward reads; () without smoothing, when the tokens' own are read.
-    trace        the record so far (`trace.Record`); () unless asked for.
-    """
-
-    tokens: jax.Array
-    active: jax.Array
-    start: jax.Array
-    block: jax.Array
-    done: jax.Array
-    stop: jax.Array
-    iteration: jax.Array
-    forwards: jax.Array
-    refreshes: jax.Array
-    positions: jax.Array
-    call: jax.Array
-    cached_block: jax.Array
-    cached: Any
-    drafts: Any
-    drafted: Any
-    saved: Any
-    decoder: Any
-    soft: Any
-    trace: Any
-
-
-class Carry(NamedTuple):
-    """rows: see `Rows`. asks: each row's request. cache: each layer's (k, v) `[B, G, L * K]`, () without a cache."""
-
-    rows: Rows
-    asks: Request
-    cache: Any
-
-
-def _row(tree: Any, b: jax.Array) -> Any:
-    """Row b of every leaf, keeping the batch axis."""
-    return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, b, 1), tree)
-
-
-def _put_row(tree: Any, row: Any, b: jax.Array) -> Any:
-    return jax.tree.map(lambda a, r: jax.lax.dynamic_update_slice_in_dim(a, r, b, axis=0), tree, row)
-
-
-def _keep(running: jax.Array, new: Any, old: Any) -> Any:
+def keep_rows(running: jax.Array, new: Any, old: Any) -> Any:
     """The new leaves in running rows `[B]`, the old ones in the others."""
     return jax.tree.map(lambda n, o: jnp.where(running.reshape((-1,) + (1,) * (n.ndim - 1)), n, o), new, old)
 
 
-def _in_block(rows: Rows, total: jax.Array, block: int) -> jax.Array:
+def find_block(rows: Rows, total: jax.Array, block: int) -> jax.Array:
     """Bool `[B, L]`: the canvas positions of each row's current block."""
     at = jnp.arange(rows.tokens.shape[1])[None, :]
     return (at >= rows.start[:, None]) & (at < jnp.minimum(rows.start + block, total)[:, None])
 
 
-def _is_any(tokens: jax.Array, ids: tuple[int, ...]) -> jax.Array:
+def is_any(tokens: jax.Array, ids: tuple[int, ...]) -> jax.Array:
     """Which of the tokens are one of the ids: bool of the tokens' shape."""
     return reduce(or_, (tokens == one for one in ids))
 
 
-def _take(x: jax.Array, index: jax.Array) -> jax.Array:
-    """x `[B, L, ...]` at index `[B, W]`, clipped to the canvas."""
-    index = jnp.clip(index, 0, x.shape[1] - 1)
-    return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)
-
-
-def _take_part(kv: jax.Array, part: jax.Array, parts: int) -> jax.Array:
+def take_part(kv: jax.Array, part: jax.Array, parts: int) -> jax.Array:
     """Of keys or values `[B, G, parts * W * K]`, one after another, those of each row's `part` `[B]`."""
     batch, groups, _ = kv.shape
     each = kv.reshape(batch, groups, parts, -1)
     return jnp.take_along_axis(each, part[:, None, None, None], axis=2)[:, :, 0]
 
 
-def _ticks(rows: Rows, smoothed: bool) -> Tick:
+def find_ticks(rows: Rows, smoothed: bool) -> Tick:
     """Where each row stands, `[B]` each. What verified drafts saved counts as if it had been run."""
     saved = rows.saved if len(rows.saved) else 0
     forwards = rows.forwards + saved
@@ -191,95 +62,7 @@ def _ticks(rows: Rows, smoothed: bool) -> Tick:
     return Tick(forwards if smoothed else rows.iteration + saved, forwards, rows.block, rows.call)
 
 
-class Frame(NamedTuple):
-    """Where the windows of a program lie. left: positions before the block. width: W, of all. unread: the block's last
-    positions that no window reads, since nobody sees them and what they predict comes after the block."""
-
-    left: int
-    width: int
-    unread: int
-
-
-def frame_windows(policy: Policy, family: Family, block: int, length: int) -> Frame:
-    """The policy's reach around a block, clipped to the canvas. It holds the position that predicts the block's first, and
-    where a cache commits what it read, as many before the block as may not be final yet."""
-    before, after = (min(reach, length) for reach in policy.reach())
-    left = max(before, block if policy.commits else family.shift)
-    unread = family.shift if family.visibility == "past" else 0
-    width = left + block + after - unread
-    return Frame(left, width if left else min(width, length), unread)
-
-
-def list_widths(batch: int, length: int) -> tuple[int, ...]:
-    """The widths at which whole canvases are run, ascending; a row takes the least that holds its canvas, so that a short one
-    costs what is its own. Each is compiled: none but the whole where there is one row, or little to save."""
-    if batch == 1 or length < LONG:
-        return (length,)
-    return (*(-(-length // parts // 64) * 64 for parts in (4, 2)), length)
-
-
-def _with_its_kernels(function: Callable[..., R]) -> Callable[..., R]:
-    """A function of a spec, traced with the kernels that the spec names, whoever traces it."""
-
-    @wraps(function)
-    def traced(*arguments: Any, spec: Spec, **others: Any) -> R:
-        with use_kernels(spec.kernels):
-            return function(*arguments, spec=spec, **others)
-
-    return traced
-
-
-@_with_its_kernels
-def start(params: Any, ask: Request, *, spec: Spec) -> Carry:
-    """The carry before the first forward of its rows. Those with an empty canvas are free slots."""
-    batch, length = ask.tokens.shape
-    decoder, policy, smoothing = spec.build(ask.numbers)
-    zero = jnp.zeros(batch, jnp.int32)
-    no = jnp.zeros(batch, bool)
-    # A window is committed whole, also where it goes beyond the canvas.
-    beyond = frame_windows(policy, spec.family, spec.block, length).width if policy.commits else 0
-    rows = Rows(
-        tokens=ask.tokens,
-        active=ask.start < ask.total,
-        start=ask.start,
-        block=zero,
-        done=no,
-        stop=no,
-        iteration=zero,
-        forwards=zero,
-        refreshes=zero,
-        positions=zero,
-        call=zero,
-        cached_block=zero - 1,
-        cached=zero if policy.commits else (),
-        drafts=_as_it_stands(ask.tokens, ask.start, decoder.drafts, spec.block) if decoder.drafts else (),
-        drafted=zero + 1 if decoder.drafts else (),
-        saved=zero if decoder.drafts else (),
-        decoder=jax.vmap(lambda _, numbers: spec.build(numbers)[0].init(spec.block, spec.config.vocab))(zero, ask.numbers),
-        trace=Record.start(batch, length, spec.block, decoder.post_steps) if spec.traced else (),
-        soft=() if smoothing is None else spec.family.embed(params, spec.config, ask.tokens),
-    )
-    cache = spec.family.empty_cache(params, spec.config, batch, length + beyond) if policy.keeps else ()
-    ask = ask._replace(tokens=())
-    # What nothing reads is not carried.
-    return Carry(rows, ask if spec.truncated else ask._replace(top_p=(), top_k=()), cache)
-
-
-def _as_it_stands(tokens: jax.Array, start: jax.Array, drafts: int, block: int) -> jax.Array:
-    """int32 `[B, D, S]`: the block from `start` on, as each of the drafts."""
-    here = _take(tokens, start[:, None] + jnp.arange(block, dtype=jnp.int32)[None, :])
-    return jnp.broadcast_to(here[:, None, :], (len(tokens), drafts, block))
-
-
-@_with_its_kernels
-def join(params: Any, carry: Carry, ask: Request, b: jax.Array, *, spec: Spec) -> Carry:
-    """The carry with the one row of `ask` in slot b, whose row must have ended. Its cache is not touched: what is there is
-    hidden until the row's first refresh replaces it."""
-    new = start(params, ask, spec=spec)
-    return carry._replace(rows=_put_row(carry.rows, new.rows, b), asks=_put_row(carry.asks, new.asks, b))
-
-
-@_with_its_kernels
+@with_its_kernels
 def run(params: Any, carry: Carry, turns: jax.Array | None = None, until: jax.Array | None = None, *, spec: Spec) -> Carry:
     """Go on until every row has ended or, with `turns` and `until` (int32 scalars), until so many turns are spent or the event
     happens (`ROW_ENDED`, `BLOCK_FINISHED`, `NO_EVENT`).
@@ -291,11 +74,11 @@ def run(params: Any, carry: Carry, turns: jax.Array | None = None, until: jax.Ar
     """
     loop = _Loop(params, spec, carry)
     if turns is None or until is None:
-        return jax.lax.while_loop(lambda c: jnp.any(_running(c)), loop.turn, carry)
+        return jax.lax.while_loop(lambda c: jnp.any(find_running(c)), loop.turn, carry)
 
     def go_on(state: tuple[Carry, jax.Array, jax.Array]) -> jax.Array:
         carry, left, happened = state
-        return jnp.any(_running(carry)) & (left > 0) & ~happened
+        return jnp.any(find_running(carry)) & (left > 0) & ~happened
 
     def turn(state: tuple[Carry, jax.Array, jax.Array]) -> tuple[Carry, jax.Array, jax.Array]:
         old, left, _ = state
@@ -317,7 +100,7 @@ def decode(params: Any, ask: Request, *, spec: Spec) -> Rows:
     return rows._replace(decoder=(), soft=())
 
 
-def _running(carry: Carry) -> jax.Array:
+def find_running(carry: Carry) -> jax.Array:
     """Bool `[B]`: the rows that take the next turn."""
     return carry.rows.active & (carry.rows.iteration < carry.asks.cap)
 
@@ -338,7 +121,7 @@ class _Loop:
 
     def turn(self, carry: Carry) -> Carry:
         """One turn of every running row."""
-        running = _running(carry)
+        running = find_running(carry)
         plan = self.plan(carry)
         pending = plan.full & running
         for width in self.widths:
@@ -365,7 +148,7 @@ class _Loop:
 
     def plan(self, carry: Carry) -> Plan:
         """What each row runs in this turn, `[B]` each."""
-        ticks = _ticks(carry.rows, self.smoothing is not None)
+        ticks = find_ticks(carry.rows, self.smoothing is not None)
         return jax.vmap(lambda numbers, tick, cached: self.spec.build(numbers)[1].plan(tick, cached))(
             carry.asks.numbers, ticks, carry.rows.cached_block
         )
@@ -374,7 +157,7 @@ class _Loop:
         """No draft goes past the whole canvas that the policy would run next, if every step were a forward of its own."""
         if not self.decoder.drafts:
             return rows
-        ticks, later = _ticks(rows, self.smoothing is not None), jnp.arange(1, self.decoder.drafts + 1, dtype=jnp.int32)
+        ticks, later = find_ticks(rows, self.smoothing is not None), jnp.arange(1, self.decoder.drafts + 1, dtype=jnp.int32)
 
         def count(numbers: Any, tick: Tick, cached: jax.Array) -> jax.Array:
             """How many steps there are before it."""
@@ -392,13 +175,13 @@ class _Loop:
         width: of the array that holds the canvas, at most L."""
         carry, pending = state
         b = jnp.argmax(pending)
-        rows, asks, refresh = _row((carry.rows, carry.asks, plan.refresh), b)
+        rows, asks, refresh = get_row((carry.rows, carry.asks, plan.refresh), b)
         at = self.everywhere[:, :width]
         rows, fresh = self.forward_and_decode(rows, asks, at, rows.start[:, None], jnp.array([True]), None)
         rows = rows._replace(refreshes=rows.refreshes + refresh, cached_block=jnp.where(refresh, rows.block, rows.cached_block))
         # A warm-up forward is kept too: nothing reads it before the first refresh replaces it.
-        cache = _put_row(carry.cache, fresh, b) if self.policy.keeps else ()
-        return carry._replace(rows=_put_row(carry.rows, rows, b), cache=cache), pending.at[b].set(False)
+        cache = put_row(carry.cache, fresh, b) if self.policy.keeps else ()
+        return carry._replace(rows=put_row(carry.rows, rows, b), cache=cache), pending.at[b].set(False)
 
     def find_left(self, carry: Carry) -> jax.Array:
         """Where each row's window starts, int32 `[B]`: as far before its block as the policy reaches, or where a cache ends
@@ -451,7 +234,7 @@ class _Loop:
             cache, pending = state
             b = jnp.argmax(pending)
             where = (b, 0, left[b] * self.config.head_dim)
-            cache = jax.tree.map(lambda c, f: jax.lax.dynamic_update_slice(c, _row(f, b), where), cache, fresh)
+            cache = jax.tree.map(lambda c, f: jax.lax.dynamic_update_slice(c, get_row(f, b), where), cache, fresh)
             return cache, pending.at[b].set(False)
 
         return jax.lax.while_loop(lambda c: jnp.any(c[1]), one, (cache, running))[0]
@@ -485,8 +268,8 @@ class _Loop:
             valid &= at < rows.start[:, None] + block - self.frame.unread
         if self.decoder.drafts:
             return self.verify(rows, asks, at, skip, running, cache, valid)
-        read = _take(rows.tokens, at)
-        x = family.embed(params, config, read) if smoothing is None else _take(rows.soft, at)
+        read = take(rows.tokens, at)
+        x = family.embed(params, config, read) if smoothing is None else take(rows.soft, at)
         x, fresh = family.trunk(params, config, x, at, see(family.visibility, at, valid, block), cache)
         # The positions whose logits are of the block.
         skip = skip - family.shift
@@ -496,13 +279,13 @@ class _Loop:
             wide = family.unembed(params, config, x)
             logits = wide[:, skip : skip + block]
         else:
-            logits = family.unembed(params, config, _take(x, skip + jnp.arange(block)[None, :]))
+            logits = family.unembed(params, config, take(x, skip + jnp.arange(block)[None, :]))
         decoded, _ = self.decode_block(rows, asks, logits, running, whole=cache is None)
         decoded = decoded._replace(positions=rows.positions + jnp.sum(valid, axis=1, dtype=jnp.int32))
         decoded = self.find_final(decoded, read, at, valid)
         if smoothing is None:
             return decoded, fresh
-        tokens = _take(decoded.tokens, at)
+        tokens = take(decoded.tokens, at)
         soft = family.embed(params, config, tokens)
         weight = jax.vmap(lambda n, f: self.spec.build(n)[2].weight(f))(asks.numbers, rows.forwards)
         weight = weight[:, None, None].astype(soft.dtype)
@@ -510,8 +293,8 @@ class _Loop:
         expected = family.expected_embedding(params, config, x, smoothing.top, wide)
         soft = jnp.where(still, soft + weight * expected, soft)
         offset = self.everywhere - at[:, :1]
-        covered = (offset >= 0) & (offset < at.shape[1]) & _take(valid, offset)
-        return decoded._replace(soft=jnp.where(covered[..., None], _take(soft, offset), rows.soft)), fresh
+        covered = (offset >= 0) & (offset < at.shape[1]) & take(valid, offset)
+        return decoded._replace(soft=jnp.where(covered[..., None], take(soft, offset), rows.soft)), fresh
 
     def verify(
         self,
@@ -532,7 +315,7 @@ class _Loop:
         each = jnp.clip(offset, 0, block - 1)[:, None, :]
         each = jnp.take_along_axis(rows.drafts[:, :drafts], jnp.broadcast_to(each, (batch, drafts, window)), axis=2)
         inside = ((offset >= 0) & (offset < block))[:, None, :]
-        tokens = jnp.where(inside, each, _take(rows.tokens, at)[:, None, :])
+        tokens = jnp.where(inside, each, take(rows.tokens, at)[:, None, :])
         there = jnp.arange(drafts)[None, :] < rows.drafted[:, None]
         shown = valid[:, None, :] & there[:, :, None]
         places = jnp.broadcast_to(at[:, None, :], tokens.shape)
@@ -545,7 +328,7 @@ class _Loop:
         x, fresh = family.trunk(self.params, config, x, places.reshape(shape), sight, cache)
         x = x.reshape(batch * drafts, window, -1)
         rows_of = jnp.broadcast_to(jnp.asarray(skip), (batch, 1)) - family.shift + jnp.arange(block)[None, :]
-        x = _take(x, jnp.repeat(rows_of, drafts, axis=0)).reshape(batch, drafts * block, -1)
+        x = take(x, jnp.repeat(rows_of, drafts, axis=0)).reshape(batch, drafts * block, -1)
         logits = family.unembed(self.params, config, x).reshape(batch, drafts, block, -1)
         logits = jnp.broadcast_to(logits, (batch, self.decoder.drafts, *logits.shape[2:]))
         read = jnp.sum(there, axis=1, dtype=jnp.int32)
@@ -556,7 +339,7 @@ class _Loop:
         kept = jnp.clip(jnp.zeros_like(read) if verdict.kept is None else verdict.kept, 0, read - 1)
         tokens = jnp.take_along_axis(tokens, kept[:, None, None], axis=1)[:, 0]
         if drafts > 1:
-            fresh = jax.tree.map(lambda a: _take_part(a, kept, drafts), fresh)
+            fresh = jax.tree.map(lambda a: take_part(a, kept, drafts), fresh)
         return self.find_final(decoded, tokens, at, valid), fresh
 
     def find_final(self, rows: Rows, read: jax.Array, at: jax.Array, valid: jax.Array) -> Rows:
@@ -564,7 +347,7 @@ class _Loop:
         that still holds the mask, or was read `[B, W]` as another token."""
         if not self.policy.commits:
             return rows
-        now = _take(rows.tokens, at)
+        now = take(rows.tokens, at)
         final = valid & (now == read) & (now != self.config.mask_id)
         end = at[:, 0] + jnp.sum(jnp.cumprod(final, axis=1), axis=1, dtype=jnp.int32)
         # What predicts the first mask is read again.
@@ -589,7 +372,7 @@ class _Loop:
         """
         spec, mask_id = self.spec, jnp.int32(self.config.mask_id)
         at = rows.start[:, None] + jnp.arange(self.block, dtype=jnp.int32)[None, :]
-        before = _take(rows.tokens, at)
+        before = take(rows.tokens, at)
         may_write = (at >= asks.prompt[:, None]) & (at < asks.total[:, None]) & running[:, None]
         smoothing, floor = self.smoothing, jnp.full(rows.forwards.shape, -jnp.inf)
         if smoothing is not None:
@@ -603,35 +386,35 @@ class _Loop:
             look = Look(logits, tokens, may_write, at, tick, mask_id, floor, ask.temperature, key, drafts=drafts, read=read)
             return decoder.step(state, look._replace(top_p=ask.top_p, top_k=ask.top_k) if spec.truncated else look)
 
-        ticks = _ticks(rows, smoothing is not None)
+        ticks = find_ticks(rows, smoothing is not None)
         drafts = rows.drafts if self.decoder.drafts else None
         state, verdict = jax.vmap(step)(rows.decoder, asks, ticks, logits, before, may_write, at, floor, drafts, read)
         offset = self.everywhere - rows.start[:, None]
         changed = may_write & (verdict.tokens != before)
         masks_left = jnp.any(may_write & (verdict.tokens == mask_id), axis=1)
-        write = _take(changed, offset) & _in_block(rows, asks.total, self.block) & running[:, None]
+        write = take(changed, offset) & find_block(rows, asks.total, self.block) & running[:, None]
         trace = ()
         if spec.traced:
-            confidence = _take(verdict.confidence, offset)
+            confidence = take(verdict.confidence, offset)
             trace = rows.trace.add(rows.forwards, rows.start, verdict.proposals, write, confidence, running, whole)
         one = running.astype(jnp.int32)
         if self.decoder.drafts:
             steps = one if verdict.steps is None else jnp.where(running, verdict.steps, 1)
             rows = rows._replace(
                 saved=rows.saved + jnp.maximum(steps, 1) - 1,
-                drafts=_keep(running, verdict.drafts, rows.drafts),
+                drafts=keep_rows(running, verdict.drafts, rows.drafts),
                 drafted=jnp.where(running, jnp.clip(verdict.drafted, 1, self.decoder.drafts), rows.drafted),
             )
         if self.decoder.advances:
             rows = rows._replace(start=rows.start + jnp.where(running, jnp.clip(verdict.advance, 0, self.block), 0))
         return rows._replace(
-            tokens=jnp.where(write, _take(verdict.tokens, offset), rows.tokens),
+            tokens=jnp.where(write, take(verdict.tokens, offset), rows.tokens),
             # A block with masks is never done, whatever its decoder says.
             done=jnp.where(running, verdict.done & ~masks_left, rows.done),
             stop=rows.stop | (running & verdict.stop),
             forwards=rows.forwards + one,
             call=rows.call + one,
-            decoder=_keep(running, state, rows.decoder),
+            decoder=keep_rows(running, state, rows.decoder),
             trace=trace,
         ), verdict
 
@@ -643,13 +426,13 @@ class _Loop:
         at = self.everywhere
         start = jnp.where(finished, rows.start + self.block, rows.start)
         generated = (at >= asks.prompt[:, None]) & (at < jnp.minimum(start, asks.total)[:, None])
-        ends = running & asks.early_stop & jnp.any(generated & _is_any(rows.tokens, eos_ids), axis=1)
+        ends = running & asks.early_stop & jnp.any(generated & is_any(rows.tokens, eos_ids), axis=1)
         fill = ends[:, None] & (at >= start[:, None]) & (at < asks.total[:, None])
         fill |= rows.stop[:, None] & (rows.tokens == self.config.mask_id) & (at < asks.total[:, None])
         if self.decoder.drafts:
-            fresh = _as_it_stands(rows.tokens, start, self.decoder.drafts, self.block)
+            fresh = copy_block(rows.tokens, start, self.decoder.drafts, self.block)
             drafted = jnp.where(finished, 1, rows.drafted)
-            rows = rows._replace(drafts=_keep(finished, fresh, rows.drafts), drafted=drafted)
+            rows = rows._replace(drafts=keep_rows(finished, fresh, rows.drafts), drafted=drafted)
         return rows._replace(
             tokens=jnp.where(fill, eos_ids[0], rows.tokens),
             active=rows.active & ~ends & ~rows.stop & (start < asks.total),

@@ -22,8 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from djax.distill.sandbox_filter import EXECVE, filter_program
 from djax.errors import VerifierError
+from djax.tasks.sandbox_filter import EXECVE, filter_program
 
 # How long an interpreter may take to start, however little time its answer gets: a busy machine proves nothing.
 START_SECONDS = 30.0

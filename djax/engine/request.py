@@ -8,20 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from djax import stop, text
+from djax import text
 from djax.caching import CACHES, Uncached
 from djax.caching.contract import TO_THE_END, Plan, Policy
 from djax.checks import INT32_MAX, boolean, plug, reading, real_number, show, type_name, whole_number, whole_numbers
 from djax.decoding import DECODERS
 from djax.decoding.contract import Decoder, Look, Tick, Verdict
+from djax.engine import stop
+from djax.engine.carry import Plugs, Request, Spec
+from djax.engine.options import Options
 from djax.errors import BatchError, CanvasError, OptionError
 from djax.kernels.choice import Kernels, traced_kernels, with_wanted_kernels
-from djax.model import Model, device_memory, known_model
-from djax.options import Options
+from djax.models.model import Model, device_memory, known_model
 from djax.plugs import spelled
-from djax.process import make_key
-from djax.program import Plugs, Request, Spec
 from djax.pytree import classes
+from djax.runtime.process import make_key
 
 # Of an editing decoder a block: they set the trace's length.
 MOST_POST_STEPS = 1024

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args, get_origin
 from djax.caching.contract import Policy
 from djax.decoding import Threshold
 from djax.decoding.contract import Decoder
-from djax.smoothing import Smoothing
+from djax.decoding.smoothing import Smoothing
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -9,9 +9,9 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from djax import bounded_jinja
-from djax.bounded_jinja import LONGEST, LimitError, RefusedError
 from djax.errors import CheckpointError, PromptError
+from djax.text import bounded_jinja
+from djax.text.bounded_jinja import LONGEST, LimitError, RefusedError
 
 ROLES = ("system", "user", "assistant")
 # Published templates have up to about 30,000 characters.

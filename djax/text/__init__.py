@@ -9,8 +9,8 @@ import numpy as np
 
 from djax.checks import describe, show
 from djax.errors import CheckpointError, DjaxError, PromptError
-from djax.prompts import read
-from djax.tokenizer_files import is_panic, read_tokenizer
+from djax.text.prompts import read
+from djax.text.tokenizer_files import is_panic, read_tokenizer
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -21,7 +21,7 @@ def load_tokenizer(directory: Path) -> Any:
     """
     tokenizer = read_tokenizer(directory)
     if tokenizer is not None:
-        from djax import chat_template  # here, since it imports jinja2, which takes long
+        from djax.text import chat_template  # here, since it imports jinja2, which takes long
 
         chat_template.check_template(tokenizer, str(directory))
     return tokenizer
@@ -51,7 +51,7 @@ def _one(tokenizer: Any, prompt: Any) -> np.ndarray:
         return _ids(prompt)
     if tokenizer is None:
         raise PromptError("prompts: this checkpoint has no tokenizer.json, so text has no meaning to it; pass token ids")
-    from djax import chat_template
+    from djax.text import chat_template
 
     if isinstance(prompt, str):
         if not prompt.strip():

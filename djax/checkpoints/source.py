@@ -19,19 +19,19 @@ import numpy as np
 from flax import traverse_util
 
 from djax import text
-from djax.checkpoint_files import check_tree, is_there, read_object
-from djax.consistency import check_dtypes, check_generation_config, check_manifest
 from djax.convert import orbax_files, rules
 from djax.convert.safetensors_files import INDEX, READ, SINGLE, TensorFiles
 from djax.errors import CheckpointError, OptionError, PathError, UnsupportedModelError, list_problems, shorten
-from djax.files import expand_home
 from djax.models import FAMILIES
 from djax.models.family import Family
-from djax.sharding import find_devices
+from djax.runtime.sharding import find_devices
+from djax.storage.checkpoint_files import check_tree, is_there, read_object
+from djax.storage.consistency import check_dtypes, check_generation_config, check_manifest
+from djax.storage.files import expand_home
 
-SHIPPED = Path(__file__).parent / "small"
+SHIPPED = Path(__file__).parents[1] / "small"
 # Others that ship, by name.
-NAMED = {"tiny-td": Path(__file__).parent / "tiny_td"}
+NAMED = {"tiny-td": Path(__file__).parents[1] / "tiny_td"}
 MANIFEST, ORBAX = "djax.json", "params"
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer.json"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}

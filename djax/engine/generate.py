@@ -9,17 +9,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from djax import stop, text
-from djax.compilation import enable_cache
+from djax import text
+from djax.engine import stop
+from djax.engine.carry import Request, Rows
+from djax.engine.loop import decode
+from djax.engine.options import make_options, show_options
+from djax.engine.request import Asked, does_not_fit, prepare
+from djax.engine.trace import Trace
 from djax.errors import TripCapError
-from djax.model import Model, computing
-from djax.options import make_options, show_options
-from djax.process import with_own_settings
-from djax.program import Request, Rows, decode
-from djax.programs import PROGRAMS, kinds
-from djax.request import Asked, does_not_fit, prepare
-from djax.sharding import over_rows
-from djax.trace import Trace
+from djax.models.model import Model, computing
+from djax.runtime.compilation import enable_cache
+from djax.runtime.process import with_own_settings
+from djax.runtime.programs import PROGRAMS, kinds
+from djax.runtime.sharding import over_rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,17 +15,19 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh, Sharding
 
-import djax.models.quantized as quantized
-from djax import checks, sharding
+from djax import checks
+from djax.checkpoints.source import DTYPES, MANIFEST, ORBAX, Source, kinds, opened, shapes, sum_bytes, written
 from djax.checks import boolean
 from djax.convert import orbax_files, rules, safetensors_files
-from djax.directories import new_directory
 from djax.errors import CheckpointError, OptionError, PathError, shorten
-from djax.model import Model, known_model
+from djax.models import quantized
 from djax.models.family import Family
 from djax.models.hf import list_settings
-from djax.process import refuse_transfer_guard, with_own_settings
-from djax.source import DTYPES, MANIFEST, ORBAX, Source, kinds, opened, shapes, sum_bytes, written
+from djax.models.model import Model, known_model
+from djax.runtime import sharding
+from djax.runtime.process import refuse_transfer_guard, with_own_settings
+from djax.storage.directories import new_directory
+from djax.version import __version__
 
 NOT_FINITE = ("warn", "refuse", "allow")
 
@@ -180,10 +182,8 @@ def save(model: Model, directory: str | os.PathLike) -> None:
 
 def write_manifest(directory: Path, family: Family, config: Any, dtype: Any, stored: dict[str, str], **more: Any) -> None:
     """What `source.read_manifest` reads, and what a person may want to know of where the parameters came from."""
-    import djax  # whose __init__ imports this module
-
     facts = {"family": family.name, "config": list_settings(config), "dtype": str(np.dtype(dtype))}
-    facts |= {"djax": djax.__version__, **more, "stored": dict(stored)}
+    facts |= {"djax": __version__, **more, "stored": dict(stored)}
     (directory / MANIFEST).write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
 
 

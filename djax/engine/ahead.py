@@ -15,16 +15,17 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 
 from djax.checks import plain_text, show, whole_number, word
-from djax.compilation import enable_cache
-from djax.directories import free, new_directory
+from djax.engine.carry import Request, Rows
+from djax.engine.generate import ask, compiled
+from djax.engine.loop import decode
+from djax.engine.options import show_options
+from djax.engine.request import Asked, dtype_of, refuse_lists
 from djax.errors import OptionError
-from djax.generate import ask, compiled
 from djax.kernels.choice import restrict_to_portable
-from djax.model import Model, computing, known_model
-from djax.options import show_options
-from djax.process import with_own_settings
-from djax.program import Request, Rows, decode
-from djax.request import Asked, dtype_of, refuse_lists
+from djax.models.model import Model, computing, known_model
+from djax.runtime.compilation import enable_cache
+from djax.runtime.process import with_own_settings
+from djax.storage.directories import free, new_directory
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 PROGRAM, PARAMETERS, MANIFEST = "program.jaxexport", "parameters.safetensors", "manifest.json"
@@ -63,7 +64,7 @@ def export_program(
     program.jaxexport: what `jax.export.deserialize` reads; its `call(parameters, request, numbers)` returns a dict of tokens
     int32 `[B, L]`, forwards, refreshes and positions int32 `[B]`, and active bool `[B]`, true only for a row left unfinished.
     parameters.safetensors: the first argument, a flat dict. manifest.json: shapes and dtypes of the request's fields
-    (`djax.program.Request` has their meaning; without a temperature above 0 or a decoder that draws there is neither
+    (`djax.engine.carry.Request` has their meaning; without a temperature above 0 or a decoder that draws there is neither
     temperature nor seed, without top_p or top_k neither of them), the numbers of decoder, cache and smoothing as they were
     given, the ids of the mask and of every token that ends an answer (eos_id, the first of eos_ids, fills what follows).
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from djax.files import write
+from djax.storage.files import write
 
 _DIGEST = hashlib.sha256().digest_size
 

@@ -10,10 +10,10 @@ import warnings
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from djax.cache_entries import keep_entries_whole
 from djax.checks import path
 from djax.errors import OptionError
-from djax.private import check_contents, default_directory, private_directory
+from djax.runtime.cache_entries import keep_entries_whole
+from djax.runtime.private import check_contents, default_directory, private_directory
 
 ENVIRONMENT = "DJAX_COMPILE_CACHE"
 _OFF = ("off", "0", "no", "false")

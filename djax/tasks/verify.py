@@ -16,18 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from djax.distill import sandbox
-from djax.distill.store import Question, Store, Trajectory
-from djax.errors import OptionError, TraceError, VerifierError
-from djax.training.stated import stated_result
+from djax.errors import OptionError, VerifierError
+from djax.tasks import sandbox
+from djax.tasks.stated import stated_result
 
+# A problem as it is kept: its prompt, and what a verifier needs.
+Question = Mapping[str, Any]
 Verifier = Callable[[Question, str], float]
 
 
 def exact(problem: Question, answer: str) -> float:
     """1 if the number after the answer's last `####` is the problem's "result", as numbers: 12.0 is 12, 3.5 is not 3.
 
-    What counts as a number there: `djax.training.stated`. Raises `OptionError` for a result that is no number: text such as
+    What counts as a number there: `djax.tasks.stated`. Raises `OptionError` for a result that is no number: text such as
     "12" too, because whether it means the number is not for a verifier to guess.
     """
     return float(stated_result(answer) == _number(problem["result"]))
@@ -134,50 +135,6 @@ def ask(verifier: Verifier, problem: Question, answer: str, seconds: float, wher
     if not isinstance(score, numbers.Real | np.bool_) or not 0 <= score <= 1:
         raise VerifierError(f"{where}: the verifier {name} said {score!r}; expected a number from 0 to 1, or a bool")
     return float(score)
-
-
-def keep(
-    store: Store,
-    verifier: Verifier | str,
-    *,
-    least: float = 1.0,
-    first: int | None = None,
-    verifier_seconds: float = 60.0,
-    progress: Callable[[int], None] | None = None,
-) -> list[Trajectory]:
-    """The trajectories whose answer's score is at least `least`, in the store's order.
-
-    verifier: a function, or the name of one that ships, whose scores are kept beside the parts, so that it is asked once.
-    first: only of so many first trajectories, None for all. `progress` is called with the number done. Raises `VerifierError`,
-    which leaves the store as it is, and `TraceError` if nothing is kept.
-    """
-    check = known(verifier)
-    shipped = isinstance(verifier, str)
-    name = name_of(verifier)
-    kept, count, best = [], 0, 0.0
-    for n in range(store.parts):
-        part = store.part(n)
-        if first is not None:
-            part = part[: max(first - count, 0)]
-        scores = store.scores(n, verifier) if shipped else None
-        if scores is None or len(scores) < len(part):
-            need([t.problem for t in part], verifier)
-            where = f"{store.directory}, part {n}, trajectory "
-            scores = [ask(check, t.problem, t.text or "", verifier_seconds, where + str(i)) for i, t in enumerate(part)]
-            if shipped:
-                store.write_scores(n, verifier, scores)
-        scores = scores[: len(part)]
-        kept += [t for t, score in zip(part, scores, strict=True) if score >= least]
-        count += len(part)
-        best = max([best, *scores])
-        if progress is not None:
-            progress(count)
-    if not kept:
-        raise TraceError(
-            f"{store.directory}: none of {count} trajectories has a score of {least:g} by the verifier {name} (the best has "
-            f"{best:g}); record more, with surer settings, or look whether the verifier reads these answers"
-        )
-    return kept
 
 
 def name_of(verifier: Verifier | str) -> str:

@@ -14,18 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from djax import prompts
 from djax.checks import reading, show, type_name, whole_number
-from djax.compilation import enable_cache
 from djax.errors import BatchError, CanvasError, OptionError, PromptError
 from djax.kernels.choice import Kernels, read_choice, use_kernels
 from djax.models.family import Family
 from djax.models.quantized import SCALE
 from djax.models.sight import see
-from djax.process import own_settings, with_own_settings
-from djax.programs import PROGRAMS, kinds
-from djax.sharding import DATA
-from djax.sharding import mesh as make_mesh
+from djax.runtime.compilation import enable_cache
+from djax.runtime.process import own_settings, with_own_settings
+from djax.runtime.programs import PROGRAMS, kinds
+from djax.runtime.sharding import DATA
+from djax.runtime.sharding import mesh as make_mesh
+from djax.text import prompts
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

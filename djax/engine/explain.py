@@ -8,14 +8,15 @@ import jax.numpy as jnp
 
 from djax.checks import show, type_name
 from djax.decoding.contract import Tick
+from djax.engine.carry import Request
+from djax.engine.frame import frame_windows
+from djax.engine.generate import ask
+from djax.engine.options import show_options
+from djax.engine.request import Asked, carried_bytes, refuse_lists
 from djax.errors import OptionError
-from djax.generate import ask
 from djax.kernels.dispatch import foresee_site
-from djax.model import Model
-from djax.options import show_options
-from djax.process import with_own_settings
-from djax.program import Request, frame_windows
-from djax.request import Asked, carried_bytes, refuse_lists
+from djax.models.model import Model
+from djax.runtime.process import with_own_settings
 
 
 @dataclasses.dataclass(frozen=True)

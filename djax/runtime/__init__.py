@@ -1,0 +1,1 @@
+"""How jax runs here: settings, compiled programs, the compile cache, devices, interrupts."""

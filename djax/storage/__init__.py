@@ -1,0 +1,1 @@
+"""Files and directories: read within bounds, written whole or not at all."""

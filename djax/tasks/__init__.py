@@ -1,0 +1,1 @@
+"""Problems, and which answers are right."""
