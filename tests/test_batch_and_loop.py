@@ -68,6 +68,7 @@ def test_rows_alone_and_the_plain_loop(model, decoder, cache, smoothing):
     check(model, decoder, cache, smoothing)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("decoder", "cache", "smoothing"), [("credit", "dual", False), ("hierarchy", "vicinity", True), ("factor", "prefix", False)]
 )

@@ -32,6 +32,7 @@ COMBINATIONS = [
 ROWS = 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"] if FULL else ["float32"])
 def test_rows_of_drawn_batches_are_the_rows_alone(kind):
     options = dict(quantize="int8") if kind == "int8" else dict(dtype=kind)

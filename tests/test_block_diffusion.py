@@ -26,6 +26,7 @@ def rows():
             yield pytest.param(trace, row, id=f"{name}-{row}")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("trace", "row"), list(rows()))
 def test_dinfers_tokens_in_no_more_forwards(llada2, trace, row):
     """Each row alone, cached and not."""

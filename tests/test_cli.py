@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import GOLDENS
 
+from djax import generate
 from djax.cli import main
-from djax.engine import generate
 
 QUESTION = "Anna has 12 pens. She buys 7 more. She gives 4 to Tom. How many pens does Anna have now?"
 
@@ -53,6 +53,7 @@ def test_generate_json_from_standard_input_and_file(tmp_path):
     assert json.loads(piped.stdout)["tokens"] == first["tokens"]
 
 
+@pytest.mark.long
 def test_compile_cache_is_private_and_can_be_turned_off(tmp_path):
     cache = tmp_path / "home" / "djax" / "xla"
     # Only what takes a second to compile is kept, which with the suite's own flags nothing does.
@@ -74,6 +75,7 @@ def test_compile_cache_is_private_and_can_be_turned_off(tmp_path):
     assert "others may write to it" in refused.stderr and f"remove {cache} and let djax make it again" in refused.stderr
 
 
+@pytest.mark.long
 def test_info_and_convert(tmp_path):
     facts = json.loads(djax("info", GOLDENS / "moe_a", "--json").stdout)
     assert (facts["family"], facts["parameters"], facts["mask_id"], facts["eos_id"]) == ("llada_moe", 239648, 318, 317)
@@ -180,6 +182,7 @@ def test_a_byte_order_mark_changes_no_answer(inside, tmp_path, arguments):
     assert (code, out) == (2, "") and "cannot be read as UTF-8" in error
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "environment",
     [
@@ -208,6 +211,7 @@ def test_output_that_is_not_utf8(environment):
         assert said in (done.stderr if code else done.stdout)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("arguments", [("generate", "--help"), ("info",)])
 def test_whoever_reads_the_output_may_stop(arguments):
     command = f"{sys.executable} -m djax.cli {' '.join(arguments)}"
@@ -252,6 +256,7 @@ def ended(process):
     return True
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="moments are told by /proc")
 @pytest.mark.parametrize("command", ["generate", "convert"])
 def test_an_interrupt_is_one_line_at_any_moment(tmp_path, command):
@@ -365,6 +370,10 @@ cli.main()
         (["compile", "--prompt-length", "0"], "prompt_length: expected a whole number, at least 1"),
         (["bench", "speed", "--out", "x", "--repeats", "0"], "--repeats: expected a whole number, at least 1"),
         (["bench", "ladder", "--out", "/nowhere", "--draw"], "--draw: /nowhere/ladder.jsonl does not exist; measure first"),
+        (
+            ["bench", "ladder", "--out", "/nowhere", "--draw", "--resume"],
+            "--draw: expected without --problems, --model and --resume",
+        ),
         (["bench", "ladder", "--out", "/nowhere", "--problems", "0"], "--problems: expected a whole number, at least 1"),
         (
             ["generate", QUESTION, "--html", "/nowhere/page.html"],

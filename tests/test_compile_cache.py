@@ -63,6 +63,7 @@ def use(tmp_path, answer):
     return go_on
 
 
+@pytest.mark.long
 def test_a_compilation_that_is_killed_leaves_a_cache_that_serves(use, tmp_path):
     """The next start answers rightly and fills what is missing; the one after it compiles nothing."""
     cache, found = tmp_path / "cache", []

@@ -241,6 +241,7 @@ def bits(model):
     return jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype), np.asarray(leaf).tobytes()), model.params)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("to", ["orbax", "hf"])
 def test_killed_at_random_moments(there, tmp_path, to):
     """Half of them from the start of the process to its end, half from where it begins to write."""
@@ -305,6 +306,7 @@ def convert_interrupted(*arguments, **options):
         convert(*arguments, **options)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("to", ["orbax", "hf"])
 def test_interrupted_at_random_moments(there, tmp_path, to):
     """Ctrl-C, and a second one soon after: at once, nothing is left, hidden or not."""
@@ -337,6 +339,7 @@ def damage(directory):
     file.write_bytes(data)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("by", ["convert", "save", "an older convert", "narrowed"])
 def test_damaged_values_are_found_by_their_sums(tmp_path, by, moe_b):
     out = tmp_path / "out"

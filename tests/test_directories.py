@@ -94,6 +94,7 @@ def write_interrupted(out, *operations):
         write(out)
 
 
+@pytest.mark.long
 def test_interrupted_at_every_operation_on_files(tmp_path):
     """Once, and again a little later, while what is there is removed. Nothing stays but a whole directory."""
     rng, states = random.Random(0), {True: 0, False: 0}

@@ -63,6 +63,7 @@ def test_a_killed_loop_goes_on(small, finished, tmp_path, monkeypatch):
     np.testing.assert_array_equal(model.params["head"], finished[0].params["head"])
 
 
+@pytest.mark.long
 def test_runs_share_trajectories_and_samples_make_more(small, finished, tmp_path):
     settings = dataclasses.replace(SETTINGS, temperature=0.5)
     run = dataclasses.replace(RUN, samples=2, recordings=(settings,), recipe=dataclasses.replace(RECIPE, steps=1))
@@ -92,6 +93,7 @@ def write(file, problems):
     return file
 
 
+@pytest.mark.long
 def test_from_the_shell(tmp_path, capsys):
     train = write(tmp_path / "train.jsonl", generated(problems.not_held_out(8, seed=3)))
     held = write(tmp_path / "held.jsonl", generated(problems.held_out(4, seed=3)))

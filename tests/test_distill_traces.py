@@ -290,6 +290,7 @@ def contents(directory):
     return {p.name: p.read_bytes() for p in directory.iterdir() if not p.name.startswith(".")}
 
 
+@pytest.mark.long
 def test_a_recording_that_is_killed_goes_on(tmp_path, monkeypatch):
     """To the same store, byte for byte."""
     monkeypatch.setattr(distill.recording, "PART", 2)

@@ -110,6 +110,7 @@ def train_in(directory, recipe=RECIPE):
     run(directory, recipe)
 
 
+@pytest.mark.long
 def test_killed_at_any_moment_it_goes_on_to_the_same_parameters(whole, tmp_path):
     """Bit for bit. DJAX_TEST_MOMENTS=20 takes as many moments, all over a run's time."""
     rng, cut = random.Random(0), 0
@@ -165,6 +166,7 @@ def close(found, wanted, rtol=1e-4, atol=1e-5):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("change", [dict(accumulate=4), dict(remat=True)])
 @pytest.mark.parametrize("config", [CONFIG, DENSE, LLADA2], ids=["llada_moe", "llada", "llada2"])
 def test_accumulation_and_remat_change_no_gradient(config, change):
@@ -256,6 +258,7 @@ def test_bfloat16_computes_narrow_and_keeps_wide(tmp_path):
     assert jax.tree.leaves(found)[0].dtype == jnp.float32
 
 
+@pytest.mark.long
 def test_one_and_four_devices_see_the_same_and_agree():
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}

@@ -73,6 +73,7 @@ def test_a_place_that_others_may_write_to_is_not_used(home):
     assert "others may write to it" in asked(**home)
 
 
+@pytest.mark.long
 def test_a_library_that_is_damaged_is_made_anew_or_a_reason(home):
     asked(**home)
     (library,) = kept(home)

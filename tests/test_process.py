@@ -81,6 +81,7 @@ def base():
     return model, found, np.asarray(djax.logits(model, [[1, 2, 3, 4]]))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "value"), SETTINGS)
 def test_no_setting_of_jax_changes_an_answer(base, setting, tmp_path, name, value):
     model, found, logits = base

@@ -28,6 +28,7 @@ def stood_for(model):
     return dataclasses.replace(model, params=traverse_util.unflatten_dict(wide))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["moe_a", "dense", "llada2"])
 def test_int8_computes_with_what_it_stands_for(name):
     model, plain = djax.load(GOLDENS / name, quantize="int8"), djax.load(GOLDENS / name)

@@ -433,7 +433,7 @@ def test_time_is_bounded_and_nothing_is_left(untouched):
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
 def test_an_answer_dies_with_the_process_that_asked():
     ask = (
-        "from djax.distill import sandbox\nprint('asked', flush=True)\n"
+        "from djax.tasks import sandbox\nprint('asked', flush=True)\n"
         "sandbox.run('while True: pass', 'assert True', seconds=60, megabytes=1024)"
     )
     process = subprocess.Popen([sys.executable, "-c", ask], stdout=subprocess.PIPE, text=True)

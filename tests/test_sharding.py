@@ -27,12 +27,14 @@ def run_on_eight_devices(file):
     return done
 
 
+@pytest.mark.long
 def test_tokens_are_equal_on_eight_devices():
     done = run_on_eight_devices("on_eight_devices.py")
     # LLaDA-MoE, narrow and wide, on two meshes, LLaDA on one, LLaDA2 on two.
     assert re.findall(r"equal in (\d of \d)", done.stdout) == [f"{n} of {n}" for n in (5, 5, 2, 2, 1, 1, 1)]
 
 
+@pytest.mark.long
 def test_bfloat16_int8_and_training_on_two_and_eight_devices():
     done = run_on_eight_devices("dtypes_on_devices.py")
     found = re.findall(r"(\w+) (\w+): (?:close|trained)", done.stdout)

@@ -205,6 +205,7 @@ def again(few, tmp_path, monkeypatch):
     return go_on
 
 
+@pytest.mark.long
 def test_a_training_that_is_killed_goes_on(again, tmp_path):
     """To the same files, byte for byte."""
     directory, left = tmp_path / "run", Counter()
@@ -231,6 +232,7 @@ def copy(few, directory, *, trained):
     return directory
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("spoiled", ["", "{", "[]", "null", "[" * 100_000, '{"rows": 4,\n "family"'], ids=range(6))
 def test_a_damaged_run_json_is_written_again_or_said(few, again, tmp_path, spoiled):
     new = copy(few, tmp_path / "new", trained=False)
@@ -267,6 +269,7 @@ def cut(directory, name):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
 @pytest.mark.parametrize("spoil", [cut, lambda directory, name: (directory / "tokenizer" / name).unlink()], ids=["cut", "gone"])
 def test_a_tokenizer_that_is_not_whole_is_made_again_or_said(few, again, tmp_path, name, spoil):

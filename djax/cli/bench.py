@@ -37,6 +37,8 @@ class Ladder:
     def run(self, console: Console) -> None:
         from djax.benchmarks import ladder
 
+        if self.draw and (self.resume or self.model is not None or self.problems != Ladder.problems):
+            raise OptionError("--draw: expected without --problems, --model and --resume, because it measures nothing")
         if self.draw and not (self.out / "ladder.jsonl").is_file():
             raise OptionError(f"--draw: {self.out / 'ladder.jsonl'} does not exist; measure first")
         if not self.draw:

@@ -111,8 +111,8 @@ def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 
     """
     if (directory / "model").exists():
         raise OptionError(f"{directory / 'model'}: this run is finished; choose another directory or remove it")
-    plan = make_plan(run, save_every, log_every)
     find_devices()  # before anything is written
+    plan = make_plan(run, save_every, log_every)
     enable_cache()
     described = dataclasses.asdict(run)
     begin(directory, described)
