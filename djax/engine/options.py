@@ -37,7 +37,8 @@ class Options:
         "which tokens a forward accepts: Threshold(tau) takes all whose confidence reaches tau (above 1: one token a "
         "forward), Fixed(per_step) the surest few, Fixed(steps=8) a block in that many forwards, Hierarchy(high, low) the "
         "surest of each stretch of masks, Factor(f) as many as are jointly sure, Entropy(theta) the sharpest; "
-        "Credit(Threshold(0.8)) trusts tokens proposed before, Edit(Threshold(0.95), tau=0.9) also replaces accepted ones.",
+        "Credit(Threshold(0.8)) trusts tokens proposed before, Edit(Threshold(0.95), tau=0.9) also replaces accepted ones, "
+        "FreeDave(Fixed(1), drafts=4) verifies several of its next states in one forward.",
     )
     cache: Policy | Sequence[Policy] | None = _option(  # noqa: RUF009  (makes a field)
         None,
