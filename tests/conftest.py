@@ -61,6 +61,7 @@ def pytest_collection_modifyitems(config, items):
     """Mark all but a few cases of each test as long, spread over its list, so that every test runs and the suite is quick. A
     test that is asked for by its name runs whole."""
     if any("::" in argument for argument in config.args):
+        config.option.markexpr = ""
         return
     cases = defaultdict(list)
     for item in items:

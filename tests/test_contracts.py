@@ -13,6 +13,7 @@ from tiny import CONFIG, DENSE, LLADA2, tiny_model
 import djax
 from djax.caching.contract import Plan
 from djax.decoding.contract import candidates, first_best, write
+from djax.engine import frame
 from djax.errors import OptionError
 from djax.models import llada
 
@@ -196,12 +197,56 @@ def test_a_row_that_moves_on_ends_at_its_first_eos(causal):
     assert 0 < ended < 18
 
 
+class Careless(Leftmost):
+    """As `write` has it, with an advance that is far too long: it must not skip a block, nor leave a mask behind."""
+
+    def step(self, state, look):
+        state, verdict = super().step(state, look)
+        done = ~jnp.any(look.open & (verdict.tokens == look.mask_id))
+        return state, verdict._replace(done=done, advance=jnp.int32(100))
+
+
+Careless = djax.pytree(dataclasses.dataclass(frozen=True)(Careless))
+
+
+def test_a_block_moves_on_no_further_than_it_is_decided(causal):
+    for prompt in prompts():
+        out = djax.generate(causal, prompt, gen_length=16, block_length=4, decoder=Careless(), early_stop=False)
+        assert out.canvas.tolist() == decode_plainly(causal, prompt, 16)
+
+
+def test_canvases_of_their_own_width_in_a_batch(model, monkeypatch):
+    """Here from 64 positions on, so that short rows of a batch are refreshed at a quarter and half of it."""
+    monkeypatch.setattr(frame, "LONG", 64)
+    rng = np.random.default_rng(9)
+    many = [rng.integers(0, CONFIG.eos_id, n).tolist() for n in (20, 100, 104, 200)]
+    for cache in (djax.Dual(every=3), djax.Vicinity(4, 4, warmup=2), None):
+        options = dict(gen_length=24, block_length=8, cache=cache, decoder=djax.Threshold(0.4))
+        for out, prompt in zip(djax.generate(model, many, **options), many, strict=True):
+            alone = djax.generate(model, prompt, **options)
+            assert (out.canvas.tolist(), out.forwards, out.positions) == (
+                alone.canvas.tolist(),
+                alone.forwards,
+                alone.positions,
+            )
+
+
+@djax.pytree
+@dataclasses.dataclass(frozen=True)
+class Traced(djax.Decoder):
+    drafts: int = 2
+
+
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [
+        (CONFIG, dict(decoder=Traced()), r"decoder: expected Traced.drafts to be static"),
+        (CONFIG, dict(decoder=Leftmost(), cache=djax.Dual()), r"decoder: expected one whose blocks follow one another"),
+        (DENSE, dict(decoder=djax.Edit(), cache=Grow()), r"decoder: expected one that does not edit, because Grow\(\) keeps"),
+        (DENSE, dict(smoothing=djax.Smoothing()), r"smoothing: expected None, since the family toy_ar takes no soft"),
         (CONFIG, dict(cache=Grow()), r"cache: expected a cache that commits nothing for the family llada_moe; got Grow\(\)"),
         (DENSE, dict(cache=djax.Dual()), r"cache: expected None or a cache that commits what windows read .*toy_ar; got Dual"),
-        (LLADA2, dict(decoder=Leftmost()), r"decoder: expected one whose blocks follow one another .*llada2; got Leftmost"),
+        (LLADA2, dict(decoder=Leftmost()), r"decoder: expected one whose blocks follow one another .*llada2.*got Leftmost"),
         (CONFIG, dict(decoder=TwoDrafts(), smoothing=djax.Smoothing()), r"smoothing: expected None with drafts"),
     ],
 )
@@ -210,8 +255,9 @@ def test_what_does_not_fit_together_is_refused(config, options, message):
     model = dataclasses.replace(model, family=AR) if config is DENSE else model
     with pytest.raises(OptionError, match=message):
         djax.generate(model, [1, 2, 3], gen_length=8, block_length=8, **options)
-    with pytest.raises(OptionError, match=r"Credit\(inner=...\): expected a decoder without drafts"):
-        djax.Credit(TwoDrafts())
+    for inner in (TwoDrafts(), Leftmost()):
+        with pytest.raises(OptionError, match=r"Credit\(inner=...\): expected a decoder without drafts"):
+            djax.Credit(inner)
 
 
 @djax.pytree

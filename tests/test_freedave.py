@@ -24,7 +24,7 @@ QUICK = {"s01-0", "s01-3", "s06-2", "s07-3", "s09-2", "p01-1", "x01-1"}
 
 
 def mark(trace):
-    return pytest.param(trace, id=trace["id"], marks=() if trace["id"] in QUICK else pytest.mark.long)
+    return pytest.param(trace, id=trace["id"], marks=pytest.mark.every if trace["id"] in QUICK else pytest.mark.long)
 
 
 def read_settings(trace):
@@ -73,7 +73,7 @@ def prompts():
     [
         None,
         djax.Dual(every=3),
-        pytest.param(djax.Prefix(every=2, surplus=False), marks=pytest.mark.long),
+        pytest.param(djax.Prefix(every=4, surplus=False), marks=pytest.mark.long),
         djax.Vicinity(4, 4, warmup=3, every=5),
         pytest.param(djax.Dual(), marks=pytest.mark.long),
     ],

@@ -156,8 +156,11 @@ def check_inner(decoder: Any) -> None:
     plug(decoder.inner, name, Decoder, "the decoders of djax, such as djax.Threshold(0.9)")
     with reading(name):
         edits, drafts = bool(decoder.inner.edits), bool(decoder.inner.drafts)
-    if drafts:
-        raise OptionError(f"{name}: expected a decoder without drafts, such as djax.Threshold(0.9); got {show(decoder.inner)}")
+    if drafts or decoder.inner.advances:
+        raise OptionError(
+            f"{name}: expected a decoder without drafts whose blocks follow one another, such as djax.Threshold(0.9); got "
+            f"{show(decoder.inner)}"
+        )
     if edits:
         raise OptionError(
             f"{name}: expected a decoder that does not edit, such as djax.Threshold(0.9); got {show(decoder.inner)}"

@@ -56,7 +56,7 @@ class FreeDave(Decoder):
             return self.inner.step((), seen)[1].tokens, *candidates(seen)
 
         targets, tokens, confidence, candidate = jax.vmap(predict)(look.drafts, look.logits)
-        accepted = self._accept(look, targets)
+        accepted, jumps = self._accept(look, targets)
         now, tokens, confidence, candidate = (a[accepted] for a in (targets, tokens, confidence, candidate))
         masks = jnp.sum(look.open & (look.drafts[accepted] == look.mask_id), dtype=jnp.int32)
         still = candidate & (now == look.mask_id)
@@ -66,7 +66,7 @@ class FreeDave(Decoder):
         guessed = jnp.arange(self.drafts)[:, None] > rank[None, :]
         # `Fixed(1)` writes a token a forward. After a draft without masks nothing follows.
         written = jnp.sum(now != look.tokens, dtype=jnp.int32)
-        steps = written if type(self.inner) is Fixed else accepted + (masks > 0)
+        steps = written if type(self.inner) is Fixed else jnp.minimum(jumps + (masks > 0), written)
         verdict = Verdict(
             tokens=now,
             proposals=tokens,
@@ -80,11 +80,16 @@ class FreeDave(Decoder):
         )
         return state, verdict
 
-    def _accept(self, look: Look, targets: jax.Array) -> jax.Array:
-        """The draft that is accepted, int32: from the first one on, the last that agrees with what follows the one before."""
+    def _accept(self, look: Look, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The draft that is accepted, int32: from the first one on, the last that agrees with what follows the one before; and
+        over how many of them that went."""
         undecided = look.drafts == look.mask_id
         agrees = undecided[None, :, :] | (look.drafts[None, :, :] == targets[:, None, :])
         agrees = jnp.all(agrees | ~look.open[None, None, :], axis=-1) & (jnp.arange(self.drafts) < look.read)[None, :]
         furthest = jnp.max(jnp.where(agrees, jnp.arange(self.drafts, dtype=jnp.int32)[None, :], 0), axis=1)
-        go_on = lambda _, b: jnp.maximum(b, furthest[b])  # noqa: E731
-        return jax.lax.fori_loop(0, self.drafts, go_on, jnp.int32(0))
+
+        def go_on(_: Any, reached: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            at, jumps = reached
+            return jnp.maximum(at, furthest[at]), jumps + (furthest[at] > at)
+
+        return jax.lax.fori_loop(0, self.drafts, go_on, (jnp.int32(0), jnp.int32(0)))

@@ -406,7 +406,11 @@ class _Loop:
                 drafted=jnp.where(running, jnp.clip(verdict.drafted, 1, self.decoder.drafts), rows.drafted),
             )
         if self.decoder.advances:
-            rows = rows._replace(start=rows.start + jnp.where(running, jnp.clip(verdict.advance, 0, self.block), 0))
+            # Never past a mask, and a block that is done is left as a whole.
+            decided = ~may_write | (verdict.tokens != mask_id)
+            most = jnp.sum(jnp.cumprod(decided, axis=1), axis=1, dtype=jnp.int32)
+            moves = running & ~(verdict.done & ~masks_left)
+            rows = rows._replace(start=rows.start + jnp.where(moves, jnp.clip(verdict.advance, 0, most), 0))
         return rows._replace(
             tokens=jnp.where(write, take(verdict.tokens, offset), rows.tokens),
             # A block with masks is never done, whatever its decoder says.

@@ -161,6 +161,7 @@ def _plugs(model: Model, decoder: Any, cache: Any, smoothing: Any) -> Plugs:
     """The three plugs as the program takes them, or `OptionError`: not a plug, or one that the model's family lacks."""
     plug(decoder, "decoder", Decoder, spelled(DECODERS))
     decoder = _with_values(decoder, "decoder")
+    _refuse_traced(decoder, ("draws", "edits", "post_steps", "drafts", "advances"), "decoder")
     with reading("decoder"):
         for name in ("draws", "edits", "advances"):
             boolean(getattr(decoder, name), f"decoder: {type_name(decoder)}.{name}")
@@ -170,6 +171,7 @@ def _plugs(model: Model, decoder: Any, cache: Any, smoothing: Any) -> Plugs:
     policy = Uncached() if cache is None else cache
     plug(policy, "cache", Policy, spelled(CACHES))
     policy = _with_values(policy, "cache")
+    _refuse_traced(policy, ("keeps", "appends", "commits"), "cache")
     with reading("cache"):
         for name in ("keeps", "appends", "commits"):
             boolean(getattr(policy, name), f"cache: {type_name(policy)}.{name}")
@@ -198,13 +200,33 @@ def _plugs(model: Model, decoder: Any, cache: Any, smoothing: Any) -> Plugs:
     if policy.keeps and policy.commits != sees_past:
         legal = "None or a cache that commits what windows read" if sees_past else "a cache that commits nothing"
         raise OptionError(f"cache: expected {legal} for the family {name}; got {show(cache)}")
-    if decoder.advances and model.block_causal:
-        raise OptionError(f"decoder: expected one whose blocks follow one another for the family {name}; got {show(decoder)}")
+    if decoder.advances and (model.block_causal or (policy.keeps and not policy.commits)):
+        raise OptionError(
+            f"decoder: expected one whose blocks follow one another for the family {name} and cache {show(cache)}, which go by "
+            f"blocks; got {show(decoder)}"
+        )
+    if policy.commits and (decoder.edits or decoder.post_steps):
+        raise OptionError(
+            f"decoder: expected one that does not edit, because {show(cache)} keeps what is read once; got {show(decoder)}"
+        )
+    if (policy.appends or policy.commits) and not policy.keeps:
+        raise OptionError(f"cache: expected keeps=True of a policy that appends or commits; got {show(cache)}")
     if smoothing is not None and decoder.drafts:
         raise OptionError(f"smoothing: expected None with drafts, which soft embeddings do not have; got {show(smoothing)}")
-    if smoothing is not None and not model.family.smooths:
+    if smoothing is not None and (not model.family.smooths or model.family.shift):
         raise OptionError(f"smoothing: expected None, since the family {name} takes no soft embeddings; got {show(smoothing)}")
     return decoder, policy, smoothing
+
+
+def _refuse_traced(plug: Any, attributes: tuple[str, ...], name: str) -> None:
+    """`OptionError` for a field that sets a shape or a branch of the program and is not static."""
+    if dataclasses.is_dataclass(plug):
+        for field in dataclasses.fields(plug):
+            if field.name in attributes and not field.metadata.get("static"):
+                raise OptionError(
+                    f"{name}: expected {type_name(plug)}.{field.name} to be static, since the program is made for it; write "
+                    f'dataclasses.field(default=..., metadata={{"static": True}}) or a ClassVar'
+                )
 
 
 def _with_values(plug: Any, name: str) -> Any:
@@ -286,6 +308,8 @@ def _try_plugs(model: Model, ask: Request, plugs: Plugs, block: int, sampled: bo
             if several:
                 _expect(verdict.drafts, (*several, block), jnp.integer, f"{name}: the drafts of its verdict")
                 _expect(verdict.drafted, (), jnp.integer, f"{name}: drafted of its verdict")
+            if verdict.steps is not None:
+                _expect(verdict.steps, (), jnp.integer, f"{name}: steps of its verdict")
             if several and policy.commits and verdict.kept is not None:
                 _expect(verdict.kept, (), jnp.integer, f"{name}: kept of its verdict")
             if decoder.advances:
