@@ -157,13 +157,14 @@ def whole_number(value: Any, name: str, *, at_least: int, at_most: int = INT32_M
 def whole_numbers(value: Any, name: str, count: int, **bounds: int) -> list[int]:
     """One whole number for each of `count` prompts, from a sequence or array of them or from one for all, or `OptionError`."""
     with reading(name):
+        values: Any = value
         if is_array(value):
             array = plain_array(value, name)
             if array.ndim > 1:
                 raise OptionError(f"{name}: expected one whole number, or one a prompt, got an array of shape {array.shape}")
             several, values = array.ndim == 1, array
         else:
-            several, values = isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview), value
+            several = isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
         if several:
             if len(values) != count:
                 raise OptionError(

@@ -1,6 +1,7 @@
 """How a plug becomes something that jax traces."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import jax
@@ -28,7 +29,8 @@ def pytree(cls: T) -> T:
         given = issubclass(type(cls), type) and dataclasses.is_dataclass(cls)
     if not given:
         raise OptionError(f"pytree: expected a dataclass, got {show(cls)}; write @djax.pytree above @dataclasses.dataclass")
-    leaves, static = [], []
+    leaves: list[str] = []
+    static: list[str] = []
     for field in dataclasses.fields(cls):
         (static if field.metadata.get("static") else leaves).append(field.name)
 
@@ -39,15 +41,15 @@ def pytree(cls: T) -> T:
         values, rest = flatten(plug)
         return tuple(zip(map(jax.tree_util.GetAttrKey, leaves), values, strict=True)), rest
 
-    def unflatten(rest: tuple, values: tuple) -> Any:
+    def unflatten(rest: tuple, values: Iterable[Any]) -> Any:
         # Not by the constructor: jax puts tracers, shapes and shardings into the fields, which its checks would refuse.
-        plug = object.__new__(cls)
+        plug: object = object.__new__(cls)
         for name, value in (*zip(leaves, values, strict=True), *zip(static, rest, strict=True)):
             object.__setattr__(plug, name, value)
         return plug
 
     if any(field.metadata.get("later") for field in dataclasses.fields(cls)):
-        cls.__repr__ = _print
+        type.__setattr__(cls, "__repr__", _print)
     try:
         jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     except ValueError as error:

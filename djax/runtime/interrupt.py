@@ -73,7 +73,9 @@ def hold() -> Iterator[Callable[[], bool]]:
                 time.sleep(0.01)  # until the main thread is out of what swallowed it
                 raised.clear()
                 came.clear()
-                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+                main = threading.main_thread().ident
+                assert main is not None, "the main thread runs"
+                signal.pthread_kill(main, signal.SIGINT)
             elif kind[0] == signal.SIGINT:
                 while not raised.wait(PATIENCE) or time.monotonic() - came[0] > SAME:
                     # Another handler holds interrupts back for a while, as the removal of what is half-written does.

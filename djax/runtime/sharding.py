@@ -29,7 +29,7 @@ def find_devices() -> list[Any]:
         return jax.devices()
     except (AssertionError, RuntimeError) as error:
         # jax asserts that it has a default device, and has none if the only platform is a GPU's that it does not see.
-        wish = jax.config.jax_platforms
+        wish = getattr(jax.config, "jax_platforms")  # noqa: B009  (its stubs lack it)
         reason = " ".join(str(error).split()) or "it sees no such device"
         raise OptionError(
             f"JAX_PLATFORMS={wish or ''}: expected platforms that jax finds on this machine ({reason}); for an NVIDIA GPU "
@@ -88,7 +88,7 @@ def place(mesh: Mesh, axes: Mapping[tuple, tuple[str | None, ...]], shapes: Mapp
     """Each parameter's `NamedSharding`, from its logical axes. Raises `OptionError` with all sizes the mesh does not divide."""
     wrong, out = {}, {}
     for path, names in axes.items():
-        spec = [RULES.get(name) for name in names]
+        spec = [None if name is None else RULES.get(name) for name in names]
         for name, axis, size in zip(names, spec, shapes[path], strict=True):
             if axis is not None and size % mesh.shape[axis]:
                 wrong[name, size] = f"{name} {size} ({path[-1]})"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from datetime import datetime
 from functools import update_wrapper
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -136,7 +136,7 @@ class _Counting(NodeTransformer):
     """Rewrites a template so that what it does without a call is counted too."""
 
     @staticmethod
-    def _filtered(node: nodes.Expr, name: str, *arguments: nodes.Expr) -> nodes.Filter:
+    def _filtered(node: nodes.Node, name: str, *arguments: nodes.Expr) -> nodes.Filter:
         where = dict(lineno=node.lineno, environment=node.environment)
         return nodes.Filter(node, name, list(arguments), [], None, None, **where)
 
@@ -321,8 +321,11 @@ _METHODS: dict[str, Rule] = {
 }
 _PASSED_ON = ("get", "items", "keys", "values")
 # Tests that look at no more than what kind of value it is.
-_KINDS = ("boolean", "callable", "defined", "divisibleby", "even", "false", "filter", "float", "integer", "iterable", "mapping")
-_KINDS += ("none", "number", "odd", "sameas", "sequence", "string", "test", "true", "undefined")
+_KINDS = (
+    *("boolean", "callable", "defined", "divisibleby", "even", "false", "filter", "float", "integer"),
+    *("iterable", "mapping", "none", "number", "odd", "sameas", "sequence", "string", "test", "true"),
+    "undefined",
+)
 
 
 def _count(values: Iterable[Any]) -> Iterator[Any]:
@@ -464,7 +467,8 @@ class Bounded(ImmutableSandboxedEnvironment):
         self.filters = {name: _bound_filter(name, f) for name, f in self.filters.items()}
         self.filters |= {_EACH: _each, _MEASURED: _measured}
         self.filters |= {name: _bound_filter(name, f) for name, f in ((_JOINED, _joined), (_SLICED, _sliced))}
-        self.tests = {name: _bound_test(name, f) for name, f in self.tests.items()}
+        tests: Mapping[str, Any] = self.tests  # jinja2 infers `function`, which nothing takes
+        self.tests = {name: _bound_test(name, f) for name, f in tests.items()}
         self.globals |= {"raise_exception": _raise, "dict": _Dict(), "namespace": _Namespace, "strftime_now": _now}
         self._free = [f for name, f in self.globals.items() if name not in ("lipsum", "strftime_now")]
 
@@ -566,12 +570,14 @@ def _finalize(context: Context, value: Any) -> Any:
 class _Generation(jinja2.ext.Extension):
     """{% generation %} ... {% endgeneration %}, which marks the assistant's text for those who train, and prints it."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  (as jinja2 declares it)
 
     def parse(self, parser: Any) -> nodes.CallBlock:
         line = next(parser.stream).lineno
         body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return nodes.CallBlock(self.call_method("_print"), [], [], body).set_lineno(line)
+        block = nodes.CallBlock(self.call_method("_print"), [], [], body)
+        block.set_lineno(line)
+        return block
 
     @pass_eval_context
     def _print(self, context: nodes.EvalContext, caller: Macro) -> str:

@@ -138,9 +138,13 @@ def _plain(value: Any) -> Any:
         value = value.item()
     if isinstance(value, bool | None):
         return value
-    for kind, read in ((str, str.__str__), (int, int.__int__), (float, float.__float__)):
-        if isinstance(value, kind):
-            return value if type(value) is kind else read(value)
+    # Not by the constructors, which a subclass may answer.
+    if isinstance(value, str):
+        return value if type(value) is str else str.__str__(value)
+    if isinstance(value, int):
+        return value if type(value) is int else int.__int__(value)
+    if isinstance(value, float):
+        return value if type(value) is float else float.__float__(value)
     if isinstance(value, Mapping):
         return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -194,10 +198,10 @@ def _formed(message: Message, strings: bool, parts: bool) -> Message:
 def _takes(text: str, specials: str, role: str) -> tuple[bool, bool]:
     """Whether a template prints a content of this role that is a string, and one that is a list of parts."""
     said = lambda role, content: {"role": role, "content": content}  # noqa: E731
-    user = "hello"
+    user: str | list[dict[str, str]] = "hello"
     if role != "user":
         strings, parts = _takes(text, specials, "user")
-        user = [{"type": "text", "text": user}] if parts and not strings else user
+        user = [{"type": "text", "text": "hello"}] if parts and not strings else user
 
     def prints(content: Any) -> bool:
         chat = [said(role, content)]

@@ -72,8 +72,8 @@ def _copies(directory: Path, text: str) -> dict[str, str]:
     if CONFIG in parsed:
         dropped = [k for k in parsed[CONFIG] if k in _DROPPED or k.endswith(("_file", "_files"))]
         parsed[CONFIG] = {key: value for key, value in parsed[CONFIG].items() if key not in dropped}
-    templates = {name: read_text(directory, name) for name in (TEMPLATE, *list_files(directory, _TEMPLATES, ".jinja"))}
-    templates = {name: template for name, template in templates.items() if template is not None}
+    names = (TEMPLATE, *list_files(directory, _TEMPLATES, ".jinja"))
+    templates = {name: template for name in names if (template := read_text(directory, name)) is not None}
     processor = read_object(directory, "chat_template.json") or {}
     defaults = {
         TEMPLATE: templates.get(TEMPLATE),
