@@ -17,6 +17,8 @@ from djax.kernels.sight import Sight
 from djax.runtime.sharding import split
 
 Pair = tuple[jax.Array, jax.Array]
+# The attended values, the window's keys and its values, as `attention` returns them.
+Attended = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def attention(
@@ -37,8 +39,8 @@ def attention(
     The back end is chosen when the program is lowered (`dispatch.TABLE`).
     """
     case = dispatch.Attention(qkv.shape[-1], qkv.dtype)
-    forms = {"Pallas": fused, "C++": on_cpu, "XLA": plain}
-    forms = {name: partial(form, eps=eps) for name, form in forms.items()}
+    back_ends: dict[str, Callable[..., Attended]] = {"Pallas": fused, "C++": on_cpu, "XLA": plain}
+    forms = {name: partial(form, eps=eps) for name, form in back_ends.items()}
     return dispatch.run(case, forms, qkv, norms, angles, sight, cached, cached_rank)
 
 

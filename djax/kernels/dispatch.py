@@ -227,7 +227,7 @@ def choose(case: Case, platform: str, site: Site) -> Choice:
     whether this machine has djax's C++ functions (`native.why_not`), which never changes.
     """
     platform = "cuda" if platform == "gpu" else platform
-    refused = []
+    refused: list[tuple[BackEnd, str]] = []
     for back_end in TABLE[type(case)]:
         if back_end.platform not in (platform, ANY):
             continue

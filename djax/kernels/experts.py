@@ -40,7 +40,7 @@ def experts(x: jax.Array, routing: Routing, w_in: Weights, w_out: Weights, valid
     replicated.
     """
     held = values(w_in)
-    forms = {
+    forms: dict[str, Callable[..., jax.Array]] = {
         "Pallas": partial(grouped, summed=experts_gpu.summed),
         "dense Pallas": dense_kernel,
         "C++": partial(grouped, summed=experts_cpu.summed),

@@ -75,7 +75,9 @@ def _run(x: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights, interpret:
         )(*inputs.values())
 
     # The second matrices' scales belong to the hidden features, so they, too, are for the first kernel.
-    scales = {"in_scale": w_in.scale, "out_scale": w_out.scale} if isinstance(w_in, Int8) else {}
+    scales = {}
+    if isinstance(w_in, Int8) and isinstance(w_out, Int8):
+        scales = {"in_scale": w_in.scale, "out_scale": w_out.scale}
     h = call(_into, both // 2, "experts_in", expert=expert, token=token, x=x, w_in=values(w_in), **scales)
     y = call(_out_of, width, "experts_out", expert=expert, h=h, w_out=values(w_out))
     flat = ids.reshape(-1)
@@ -162,7 +164,7 @@ def _run_hidden(x: jax.Array, gates: jax.Array, w_in: Weights, w_out: Weights, i
     (tokens, _), (count, _, both) = x.shape, w_in.shape
     rows = min(WINDOW_ROWS, max(16, pl.next_power_of_2(tokens)))
     inputs = {"x": x, "gates": gates, "w_in": values(w_in)}
-    if isinstance(w_in, Int8):
+    if isinstance(w_in, Int8) and isinstance(w_out, Int8):
         inputs |= {"in_scale": w_in.scale, "out_scale": w_out.scale}
 
     def kernel(*refs: Any) -> None:
