@@ -4,7 +4,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +180,7 @@ def save(model: Model, directory: str | os.PathLike) -> None:
         write_manifest(partial, model.family, model.config, model.dtype, model.stored, parameters=sums)
 
 
-def write_manifest(directory: Path, family: Family, config: Any, dtype: Any, stored: dict[str, str], **more: Any) -> None:
+def write_manifest(directory: Path, family: Family, config: Any, dtype: Any, stored: Mapping[str, str], **more: Any) -> None:
     """What `source.read_manifest` reads, and what a person may want to know of where the parameters came from."""
     facts = {"family": family.name, "config": list_settings(config), "dtype": str(np.dtype(dtype))}
     facts |= {"djax": __version__, **more, "stored": dict(stored)}
@@ -190,7 +190,7 @@ def write_manifest(directory: Path, family: Family, config: Any, dtype: Any, sto
 def _read(source: Source, mesh: Mesh | None, quantize: str | None) -> Any:
     """Parameter by parameter, each as it will be held before it goes to its devices."""
     places = _places(source.family, source.config, mesh, quantize)
-    flat = {}
+    flat: dict[rules.Path, jax.Array] = {}
     for path in source.order:
         leaf = source.get(path)
         parts = ((path, leaf),) if quantize is None else quantized.quantize(path, leaf)

@@ -133,7 +133,7 @@ class Source:
                     f"{file}: holds the SHA-256 sums of HF's tensors alone, and {rule.source} was narrowed when it was "
                     "converted, so nothing can be verified; convert it again"
                 )
-        self._parts = defaultdict(list)
+        self._parts: dict[rules.Path, list[rules.Rule]] = defaultdict(list)
         for rule in tables[0]:
             self._parts[rule.target].append(rule)
 
@@ -167,7 +167,7 @@ class Source:
             f"HF, {len({rule.source for rule in table})} tensors, stored as {', '.join(sorted(set(self.stored.values())))}"
         )
         self.dtype = parameter_dtype(self.hf_config, self.stored, self._wish)
-        self._parts: dict[rules.Path, list[rules.Rule]] = defaultdict(list)
+        self._parts = defaultdict(list)
         for rule in table:
             self._parts[rule.target].append(rule)
         self.order = list(self._parts)
@@ -192,6 +192,7 @@ class Source:
         return rules.load(self._parts[path], leaf.shape, leaf.dtype, self._read)
 
     def _read(self, name: str) -> np.ndarray:
+        assert self._files is not None, "only HF's layout is read by rules"
         tensor = self._files.read(name)
         if self._examine is not None:
             self._examine(name, tensor)
@@ -217,7 +218,7 @@ def _narrow_exactly(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 def sum_bytes(array: np.ndarray) -> str:
     """SHA-256 of an array's values, in hexadecimal."""
-    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
 
 
 @contextmanager
@@ -263,9 +264,9 @@ def _fetch(name: str) -> Path:
     if constants.HF_HUB_CACHE.startswith("~"):  # it would become a directory of that name here
         raise PathError(f"{name}: no such directory, and no home directory for the hub's cache; set HF_HOME to a directory")
     # At the top only: repositories keep the same weights for other programs in folders.
-    wanted = dict(allow_patterns=["*.json", "*.safetensors", "*.jinja"], ignore_patterns=["*/*"])
+    wanted = ["*.json", "*.safetensors", "*.jinja"]
     try:
-        return Path(snapshot_download(name, **wanted))
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except Exception as error:  # the client and what it is built on raise many kinds
         no = f"{name}: there is no such directory, and as a model of the Hugging Face hub it cannot be had"
         raise PathError(f"{no}: {_why_not(name, error)}") from error
@@ -389,7 +390,10 @@ def _read_ids(value: Any, where: str, many: bool) -> tuple[int, ...]:
 def _check_ids(mask_id: int, eos_ids: tuple[int, ...], named: Named, vocab: int, directory: Path) -> None:
     """Every id lies in the vocabulary, and the mask's is no other's: a position that holds it waits for a token, so a token
     with its id could never be proposed. Other roles often share an id. Raises `CheckpointError`."""
-    used = {"mask": [(mask_id, None)], "eos": [(one, None) for one in eos_ids]}
+    used: dict[str, list[tuple[int, str | None]]] = {
+        "mask": [(mask_id, None)],
+        "eos": [(one, None) for one in eos_ids],
+    }
     for role in ("eos", *_OTHER_ROLES):
         used.setdefault(role, []).extend((one, file) for file, ids in named[role].items() for one in ids)
     for role, ids in used.items():
@@ -444,7 +448,7 @@ def written(family: Family, config: Any) -> list[rules.Rule]:
 
 
 def kinds(
-    family: Family, config: Any, stored: dict[str, str], have: Any, wish: str | None
+    family: Family, config: Any, stored: Mapping[str, str], have: Any, wish: str | None
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shape and dtype of each tensor of an export: the dtype that is wished, else the one it is known to have had, but never
     wider than its parameter in a model of dtype `have`."""

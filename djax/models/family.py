@@ -62,7 +62,7 @@ class Family:
 
     def embed(self, params: Any, config: Any, tokens: jax.Array) -> jax.Array:
         """int32 `[B, W]` -> `[B, W, D]` in the parameters' dtype."""
-        return self.network(config).apply({"params": params}, tokens, method="embed")
+        return self._apply(params, config, tokens, method="embed")
 
     def trunk(
         self,
@@ -81,7 +81,7 @@ class Family:
         Returns the normalised output `[B, W, D]` and each layer's fresh (k, v), `[B, G, W * K]`, k after rotary.
         Invariant: a window over tokens unchanged since the cache was filled gives the full forward's output at its positions.
         """
-        return self.network(config).apply({"params": params}, x, positions, sight, cache, method="trunk")
+        return self._apply(params, config, x, positions, sight, cache, method="trunk")
 
     def trunk_with_routing(
         self, params: Any, config: Any, x: jax.Array, positions: jax.Array, sight: Sight, *, remat: bool = False
@@ -95,7 +95,11 @@ class Family:
 
     def unembed(self, params: Any, config: Any, x: jax.Array) -> jax.Array:
         """`[B, W, D]` -> float32 logits `[B, W, V]`."""
-        return self.network(config).apply({"params": params}, x, method="unembed")
+        return self._apply(params, config, x, method="unembed")
+
+    def _apply(self, params: Any, config: Any, *arguments: Any, method: str) -> Any:
+        """What a method of the network returns; by flax's stubs it could be with what it collected."""
+        return self.network(config).apply({"params": params}, *arguments, method=method)
 
     def expected_embedding(
         self,

@@ -48,7 +48,8 @@ class Reader:
     def _number(self, key: str, value: Any, kind: type, default: Any) -> Any:
         value = default if value is None else value
         most = _MOST if kind is int else 2**53
-        good = isinstance(value, int | kind) and not isinstance(value, bool) and 0 < value <= most
+        is_number = isinstance(value, int | kind) and not isinstance(value, bool)
+        good = is_number and 0 < value <= most
         if not good:
             what = f"whole number up to {most}" if isinstance(value, int) and value > most else "whole number"
             self.wrong.append(f"{key}={_show(value)} (expected: a positive {what if kind is int else 'number'})")

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from djax.errors import BatchError, CanvasError, OptionError, PromptError
 from djax.kernels.choice import Kernels, read_choice, use_kernels
 from djax.models.family import Family
 from djax.models.quantized import SCALE
-from djax.models.sight import see
+from djax.models.sight import Visibility, see
 from djax.runtime.compilation import enable_cache
 from djax.runtime.process import own_settings, with_own_settings
 from djax.runtime.programs import PROGRAMS, kinds
@@ -141,14 +141,15 @@ def _logits(
     params: Any,
     tokens: jax.Array,
     lengths: jax.Array,
-    block: jax.Array | None,
+    block: jax.Array | np.int32 | None,
     *,
     family: Family,
     config: Any,
 ) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     valid = positions < lengths[:, None]
-    sight = see("all" if family.visibility == "blocks" and block is None else family.visibility, positions, valid, block)
+    visibility: Visibility = "all" if family.visibility == "blocks" and block is None else family.visibility
+    sight = see(visibility, positions, valid, block)
     x, _ = family.trunk(params, config, family.embed(params, config, tokens), positions, sight)
     return family.unembed(params, config, x)
 
@@ -179,7 +180,7 @@ def logits(model: Model, tokens: Any, lengths: Any = None, *, block_length: int 
     enable_cache()
     kernels = read_choice()
     # A function of its own, so that jax's caches let go of it with the program.
-    program = partial(_logits, family=model.family, config=model.config)
+    program: Callable[..., jax.Array] = partial(_logits, family=model.family, config=model.config)
     arguments = (model.params, tokens.astype(np.int32), lengths.astype(np.int32), block)
     with computing(model, kernels):
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(model.params)):
@@ -256,7 +257,6 @@ def _rectangle(rows: np.ndarray | list[np.ndarray] | None, name: str) -> np.ndar
 def _lengths(lengths: Any, rows: int, length: int) -> np.ndarray:
     """How many tokens of each row are real, `[B]`, or `PromptError`."""
     found = prompts.whole_rows(lengths, "lengths", PromptError)
-    whole = isinstance(found, np.ndarray) and found.shape == (rows,)
-    if not whole or found.min() < 1 or found.max() > length:
+    if not isinstance(found, np.ndarray) or found.shape != (rows,) or found.min() < 1 or found.max() > length:
         raise PromptError(f"lengths: expected {rows} integers from 1 to {length}, got {show(lengths)}")
     return found
