@@ -15,7 +15,7 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 
 from djax.checks import plain_text, show, whole_number, word
-from djax.engine.carry import Request, Rows
+from djax.engine.carry import NOTHING, Request, Rows
 from djax.engine.generate import ask, compiled
 from djax.engine.loop import decode
 from djax.engine.options import show_options
@@ -96,8 +96,8 @@ def export_program(
     def program(parameters: dict[str, Any], request: dict[str, Any], numbers: list[Any]) -> dict[str, Any]:
         params = traverse_util.unflatten_dict(parameters, sep=".")
         each = tuple(jnp.broadcast_to(n, (len(request["prompt"]), *n.shape)) for n in numbers)
-        whole = dict.fromkeys(left_out, ())
-        out: Rows = decode(params, Request(**request, **whole, numbers=each), spec=spec)
+        whole = dict.fromkeys(left_out, NOTHING)
+        out: Rows[jax.Array] = decode(params, Request(**request, **whole, numbers=each), spec=spec)
         return {name: getattr(out, name) for name in _RESULTS}
 
     # What this program would not read it does not take: nobody passes a temperature that is ignored.

@@ -39,7 +39,7 @@ class Asked:
     one prompt and no list.
     """
 
-    asks: list[Request]
+    asks: list[Request[np.ndarray]]
     stops: list[list[tuple[str, ...]]]
     plugs: Plugs
     block_length: int
@@ -49,11 +49,11 @@ class Asked:
     single: bool
     kernels: Kernels = "djax"
 
-    def block(self, ask: Request) -> int:
+    def block(self, ask: Request[np.ndarray]) -> int:
         """S: a block, however long, is never more than the canvas."""
         return min(self.block_length, ask.tokens.shape[1])
 
-    def spec(self, model: Model, ask: Request) -> Spec:
+    def spec(self, model: Model, ask: Request[np.ndarray]) -> Spec:
         """What is static to the program of a request."""
         plugs, kinds = jax.tree.structure(self.plugs), tuple(map(classes, self.plugs))
         truncated = self.sampled and self.truncated
@@ -115,8 +115,8 @@ def prepare(model: Model, prompts: Any, options: Options) -> Asked:
         if plugs[0].drafts > block_length:
             raise OptionError(f"decoder: expected at most {block_length} drafts, the block_length, got {show(plugs[0])}")
     sampled, truncated = max(heats) > 0 or plugs[0].draws, min(map(np.float32, top_p)) < 1 or max(top_k) > 0
-    stops = [stops[i : i + group] for i in range(0, count, group)]
-    asked = Asked(asks, stops, plugs, block_length, sampled, bool(truncated), trace, single, traced_kernels())
+    grouped = [stops[i : i + group] for i in range(0, count, group)]
+    asked = Asked(asks, grouped, plugs, block_length, sampled, bool(truncated), trace, single, traced_kernels())
     _try_plugs(model, asks[0], plugs, asked.block(asks[0]), sampled)
     for ask in asks:
         check_memory(model, ask, plugs, asked.block(ask))
@@ -234,21 +234,26 @@ def _made_anew(plug: Any) -> Any:
     return type(plug)(**{name: _made_anew(value) for name, value in fields.items()})
 
 
-def _is_ours(kind: type) -> bool:
+def _is_ours(kind: Any) -> bool:
     return kind.__module__.split(".")[0] == "djax" and dataclasses.is_dataclass(kind)
 
 
-def _try_plugs(model: Model, ask: Request, plugs: Plugs, block: int, sampled: bool) -> None:
+def _try_plugs(model: Model, ask: Request[np.ndarray], plugs: Plugs, block: int, sampled: bool) -> None:
     """Call the methods of plugs that are not djax's on shapes alone: `OptionError` for what they raise, and for results that
     their contracts (`decoding/contract.py`, `caching/contract.py`) do not allow."""
     vocab = model.config.vocab
-    whole, real = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.float32))
+
+    def shape(*sizes: int, dtype: Any) -> Any:
+        """What stands for an array where only shapes are computed."""
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    whole, real = shape(dtype=jnp.int32), shape(dtype=jnp.float32)
     tick = Tick(whole, whole, whole, whole)
-    tokens, where = jax.ShapeDtypeStruct((block,), jnp.int32), jax.ShapeDtypeStruct((block,), bool)
+    tokens, where = shape(block, dtype=jnp.int32), shape(block, dtype=bool)
     decoder, policy, smoothing = plugs
     several = (decoder.drafts,) if decoder.drafts else ()
-    logits = jax.ShapeDtypeStruct((*several, block, vocab), jnp.float32)
-    drafts = (jax.ShapeDtypeStruct((*several, block), jnp.int32), whole) if several else (None, None)
+    logits = shape(*several, block, vocab, dtype=jnp.float32)
+    drafts = (shape(*several, block, dtype=jnp.int32), whole) if several else (None, None)
     look = Look(logits, tokens, where, tokens, tick, whole, real, real, None, drafts=drafts[0], read=drafts[1])
 
     name = f"decoder: {type_name(decoder)}"
@@ -270,7 +275,7 @@ def _try_plugs(model: Model, ask: Request, plugs: Plugs, block: int, sampled: bo
 
     if not _all_ours(decoder):
         with reading(f"decoder: trying {type_name(decoder)}"):
-            seed = jax.ShapeDtypeStruct((), jnp.uint32)
+            seed = shape(dtype=jnp.uint32)
             state, after, verdict = jax.eval_shape(step, decoder, look, seed)
             if _kinds(after) != _kinds(state):
                 raise OptionError(f"{name}.step: expected the state's shapes {state}, got {after}")
@@ -363,12 +368,12 @@ def request(
     early_stop: Sequence[bool],
     align_blocks: bool,
     plugs: Sequence[Plugs],
-) -> Request:
+) -> Request[np.ndarray]:
     """Lay the prompts out as canvases. Rows beyond the prompts have an empty canvas and never start."""
     empty = [0] * (rows - len(ids))
     prompt = np.array([*map(len, ids), *empty], np.int32)
     total = prompt + np.array([*gen_length, *empty], np.int32)
-    tokens = np.full((rows, bucket(int(total.max()))), config.eos_id, np.int32)
+    tokens = np.full((rows, bucket(int(np.max(total)))), config.eos_id, np.int32)
     for b, p in enumerate(ids):
         tokens[b, : len(p)] = p
         tokens[b, len(p) : total[b]] = config.mask_id
@@ -405,7 +410,7 @@ def dtype_of(number: Any) -> Any:
     return {bool: np.bool_, int: np.int32, float: np.float32}.get(type(number), getattr(number, "dtype", None))
 
 
-def check_memory(model: Model, ask: Request, plugs: Plugs, block: int) -> None:
+def check_memory(model: Model, ask: Request[np.ndarray], plugs: Plugs, block: int) -> None:
     """Refuse a batch whose carry and largest activations cannot fit the device; an estimate from below."""
     (rows, length), c = ask.tokens.shape, model.config
     # Under a mesh an estimate further from below: as if all of this were split evenly, too.
@@ -418,7 +423,7 @@ def check_memory(model: Model, ask: Request, plugs: Plugs, block: int) -> None:
         raise does_not_fit(ask, f"at least {need / 2**30:.1f} GiB, the device has {have / 2**30:.1f} GiB")
 
 
-def carried_bytes(model: Model, ask: Request, plugs: Plugs, block: int) -> dict[str, int]:
+def carried_bytes(model: Model, ask: Request[np.ndarray], plugs: Plugs, block: int) -> dict[str, int]:
     """Bytes of the large parts of the loop's carry: the decoder's state, the cache, the soft embeddings."""
     (rows, length), c = ask.tokens.shape, model.config
     decoder, policy, smoothing = plugs
@@ -433,7 +438,7 @@ def carried_bytes(model: Model, ask: Request, plugs: Plugs, block: int) -> dict[
     return sizes | {"decoder": sizes["decoder"] + numbers}
 
 
-def does_not_fit(ask: Request, need: str) -> BatchError:
+def does_not_fit(ask: Request[np.ndarray], need: str) -> BatchError:
     rows, length = ask.tokens.shape
     cure = "pass max_batch (it changes no answer)" if rows > 1 else "lower gen_length or block_length"
     return BatchError(f"{rows} prompts on a canvas of {length} need {need}; {cure}")

@@ -74,7 +74,7 @@ class Engine:
         empty = empty._replace(numbers=numbers)
         check_memory(model, empty, asked.plugs, self._spec.block)
         self._lock, self._broken = threading.RLock(), False
-        self._waiting: dict[int, tuple[Request, tuple[str, ...]]] = {}
+        self._waiting: dict[int, tuple[Request[np.ndarray], tuple[str, ...]]] = {}
         self._rows = rows
         enable_cache()
         self._carry = self._call("start", start, empty)
@@ -110,7 +110,7 @@ class Engine:
             self._waiting[b] = request, asked.stops[0][0]
         return b
 
-    def _check(self, asked: Asked, request: Request) -> None:
+    def _check(self, asked: Asked, request: Request[np.ndarray]) -> None:
         total, ours, spec = int(request.total[0]), self._spec, asked.spec(self._model, request)
         if total > self._length:
             raise CanvasError(f"prompt and gen_length: {total} positions, the engine's canvas has {self._length}")
