@@ -5,7 +5,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,7 @@ def read_problems(file: Path, name: str) -> list[Question]:
         lines = read_text(file).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"{name}: {file} cannot be read: {error}") from error
-    problems = []
+    problems: list[Question] = []
     for n, line in enumerate(lines, 1):
         try:
             problem = parse_json(line) if line.strip() else None
@@ -114,8 +113,10 @@ def judge(
         score = verify.ask(check, problems[n], answer.text or "", verifier_seconds, f"problem {n}")
         return score >= least
 
-    ask, prompts = partial(generate, model, **options), [p["prompt"] for p in problems]
-    return measure(ask, prompts, is_right, max_batch, progress)
+    def ask(prompts: list[Any], **more: Any) -> list[Generation]:
+        return generate(model, prompts, **options, **more)
+
+    return measure(ask, [p["prompt"] for p in problems], is_right, max_batch, progress)
 
 
 def quality(now: Report, before: Report, gamma: float = 4.0) -> float:
@@ -143,8 +144,8 @@ def recorded(
             if done % 500 == 0:
                 note(f"{name}: {done} of {total}, {time.perf_counter() - began:.0f} s")
 
-        options = dict(samples=run.samples, max_batch=BATCH, progress=told)
-        store = record(model, problems, traces / str(n), **options, **settings.options())
+        where, options = traces / str(n), settings.options()
+        store = record(model, problems, where, samples=run.samples, max_batch=BATCH, progress=told, **options)
         recording = time.perf_counter()
         kept += keep(store, verifier, least=run.least, first=total)
         facts["trajectories"] += total

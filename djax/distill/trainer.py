@@ -98,7 +98,7 @@ class Recipe:
 class Examples(Batches):
     """Kept trajectories as arrays, one row each: the fields of `Row` with a leading axis, padded to the longest."""
 
-    rows: Row
+    rows: Row[np.ndarray]
     recipe: Recipe
 
     @classmethod
@@ -121,13 +121,13 @@ class Examples(Batches):
         orders = {
             e: np.random.default_rng([self.recipe.seed, int(e)]).permutation(len(self)) for e in set(numbers // len(self))
         }
-        return np.array([orders[n // len(self)][n % len(self)] for n in numbers])
+        return np.array([orders[n // len(self)][n % len(self)] for n in numbers.tolist()])
 
-    def batch(self, step: int) -> Row:
+    def batch(self, step: int) -> Row[np.ndarray]:
         which = self.which(step)
         return jax.tree.map(lambda a: a[which], self.rows)
 
-    def count(self, batch: Row) -> int:
+    def count(self, batch: Row[np.ndarray]) -> int:
         return int(batch.total.sum())
 
     def name(self, step: int, rows: np.ndarray) -> str:
@@ -159,9 +159,17 @@ def train(
     examples = Examples.of(kept, recipe)
     check_rows(recipe, model)
     weights = Weights() if recipe.lora is None else Adapters(recipe.lora)
-    told = dict(described=_describe(model, examples, recipe), evaluate=evaluate, console=console)
-    how = dict(batches=examples, weights=weights)
-    return fit(model, recipe.objective(), recipe.plan(), directory, **how, **told).model
+    return fit(
+        model,
+        recipe.objective(),
+        recipe.plan(),
+        directory,
+        batches=examples,
+        weights=weights,
+        described=_describe(model, examples, recipe),
+        evaluate=evaluate,
+        console=console,
+    ).model
 
 
 def _describe(model: Model, examples: Examples, recipe: Recipe) -> dict[str, Any]:

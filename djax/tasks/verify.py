@@ -132,7 +132,8 @@ def ask(verifier: Verifier, problem: Question, answer: str, seconds: float, wher
         error = raised[0]
         raise VerifierError(f"{where}: the verifier {name} raised {type(error).__name__}: {error}") from error
     score = said[0]
-    if not isinstance(score, numbers.Real | np.bool_) or not 0 <= score <= 1:
+    is_number = isinstance(score, numbers.Real | np.bool_)
+    if not is_number or not 0 <= score <= 1:
         raise VerifierError(f"{where}: the verifier {name} said {score!r}; expected a number from 0 to 1, or a bool")
     return float(score)
 
@@ -151,11 +152,13 @@ def known(verifier: Verifier | str) -> Verifier:
 
 def need(problems: Sequence[Mapping[str, Any]], verifier: Verifier | str) -> None:
     """Raise `OptionError`, naming the problem, if the shipped verifier's field is missing or is nothing it can judge by."""
-    field, check = {"exact": ("result", _number), "python": ("tests", _check_tests)}.get(
-        verifier if isinstance(verifier, str) else "", (None, None)
-    )
-    if field is None:
+    checks: dict[str, tuple[str, Callable[[Any], object]]] = {
+        "exact": ("result", _number),
+        "python": ("tests", _check_tests),
+    }
+    if not isinstance(verifier, str) or verifier not in checks:
         return
+    field, check = checks[verifier]
     for n, problem in enumerate(problems):
         if field not in problem:
             raise OptionError(f"problem {n}: the verifier {verifier} needs its {field!r}; it has {', '.join(problem)}")

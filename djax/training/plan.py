@@ -99,7 +99,8 @@ def make_schedule(plan: Plan, peak: float) -> Schedule:
         rise = jnp.minimum(1.0, (step + 1) / max(plan.warmup, 1))
         left = jnp.clip((plan.steps - step) / max(over, 1), 0.0, 1.0)
         cosine = 0.5 - 0.5 * jnp.cos(math.pi * left)
-        fall = {"constant": 1.0, "linear": left, "cosine": cosine}[plan.schedule]
+        shapes: dict[str, jax.Array | float] = {"constant": 1.0, "linear": left, "cosine": cosine}
+        fall = shapes[plan.schedule]
         return peak * (rise * fall)
 
     return rate

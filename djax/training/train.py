@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from djax import text
 from djax.checkpoints import checkpoint
 from djax.errors import CheckpointError, OptionError
@@ -78,7 +80,7 @@ class Problems(Batches):
     words: Any
     eos_id: int
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> Batch[np.ndarray]:
         run, stage = self.run, self.run.stage(step)
         rng = random.Random(f"train {run.seed} {step}")
         length = rng.choice(stage.lengths)
@@ -92,9 +94,21 @@ def make_plan(run: Run, save_every: int, log_every: int) -> Plan:
     Muon on the matrices of the layers, Adam on the rest: per wall-clock second on a CPU, Muon's
     loss was well ahead of AdamW's from the first minutes on (configs/small.py has the figures).
     """
-    rates = dict(muon=run.rate, rate=run.adam_rate, warmup=run.warmup, cooldown=run.cooldown)
-    plan = dict(schedule="linear", weight_decay=0.0, clip=run.clip, precision=None, seed=run.seed)
-    return Plan(run.steps, run.rows, **rates, **plan, save_every=save_every, log_every=log_every)
+    return Plan(
+        run.steps,
+        run.rows,
+        muon=run.rate,
+        rate=run.adam_rate,
+        warmup=run.warmup,
+        cooldown=run.cooldown,
+        schedule="linear",
+        weight_decay=0.0,
+        clip=run.clip,
+        precision=None,
+        seed=run.seed,
+        save_every=save_every,
+        log_every=log_every,
+    )
 
 
 @with_own_settings
@@ -127,7 +141,7 @@ def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 
 
     def describe(window: Window) -> dict[str, Any]:
         done = window.step
-        entry = {"step": done, "examples": done * run.rows}
+        entry: dict[str, Any] = {"step": done, "examples": done * run.rows}
         entry |= {"loss": round(float(sum(window.losses)) / len(window.losses), 5)}
         if (balance := window.parts[-1].get("balance")) is not None:
             entry |= {"balance": round(float(balance), 3)}
@@ -135,8 +149,17 @@ def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 
         return entry | {"seconds": round(window.seconds, 1)}
 
     batches = Problems(run, words, config.eos_id)
-    told = dict(described=described, describe=describe, keep=2, console=console)
-    trained = fit(model, Diffusion(run.balance), plan, directory, batches=batches, **told)
+    trained = fit(
+        model,
+        Diffusion(run.balance),
+        plan,
+        directory,
+        batches=batches,
+        described=described,
+        describe=describe,
+        keep=2,
+        console=console,
+    )
     checkpoint.export_hf(trained.model, directory / "model")
     return checkpoint.load(directory / "model")
 

@@ -120,7 +120,8 @@ def fit(
     directory = expand_home(directory)
     if described is None:
         described = {"plan": repr(plan), "objective": repr(objective), "model": checksum(model)}
-        if batches is not objective:
+        examples: object = batches
+        if examples is not objective:
             described |= {"batches": repr(batches)}
     begin(directory, described)
     state, frozen = _begin(model, objective, plan, weights)
@@ -147,8 +148,7 @@ def fit(
         forget_after(log, first)
         forget_after(scores, first)
         with _show_progress(console) as bar:
-            fields = dict(loss=float("nan"), speed=0.0)
-            task = bar.add_task("training", total=plan.steps, completed=first, **fields)
+            task = bar.add_task("training", total=plan.steps, completed=first, loss=float("nan"), speed=0.0)
             began, seen, pending = time.perf_counter(), 0, []
             for step in range(first, plan.steps):
                 batch = batches.draw(step, partial(make_model, state.params))
@@ -169,7 +169,7 @@ def fit(
                     bar.update(task, completed=done, **shown)
                     pending = []
                 figures = None
-                if evaluating:
+                if evaluate is not None and evaluating:
                     paused = time.perf_counter()
                     figures = dict(evaluate(make_model(state.params)))
                     append(scores, {"step": done} | figures)
@@ -194,9 +194,8 @@ def _check(model: Model, objective: Objective, plan: Plan, batches: Batches | No
 
     printed: whether what the batches print tells runs apart.
     """
-    if batches is None:
-        batches = objective
-    for name, value, kind in (("objective", objective, Objective), ("batches", batches, Batches)):
+    source: Any = objective if batches is None else batches
+    for name, value, kind in (("objective", objective, Objective), ("batches", source, Batches)):
         if not isinstance(value, kind):
             raise OptionError(f"{name}: expected {kind.__name__}, got {show(value)}")
         if (printed or name == "objective") and not dataclasses.is_dataclass(value):
@@ -212,7 +211,7 @@ def _check(model: Model, objective: Objective, plan: Plan, batches: Batches | No
             f"{type(objective).__name__}: needs all rows of an update at once; expected "
             f"accumulate=1 and a mesh of data=1, got {plan.accumulate} and {model.parts}"
         )
-    return batches
+    return source
 
 
 def _begin(model: Model, objective: Objective, plan: Plan, weights: Weights) -> tuple[State, Frozen]:

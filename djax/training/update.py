@@ -114,13 +114,14 @@ def update(state: State, frozen: Frozen, batch: Any, *, of: Setting) -> tuple[St
     progress = state.step.astype(jnp.float32) / plan.steps
     if plan.accumulate > 1 and parts > 1:
         # A device's rows lie together, its parts one after another in each of the accumulated ones.
-        order = np.arange(plan.rows).reshape(plan.accumulate, parts, -1)
-        order = order.transpose(1, 0, 2).reshape(-1)
+        numbered = np.arange(plan.rows).reshape(plan.accumulate, parts, -1)
+        order = numbered.transpose(1, 0, 2).reshape(-1)
         batch, keys = jax.tree.map(lambda a: a[order], (batch, keys))
     draw = Draw(jax.random.fold_in(key, state.step), keys, progress)
     run = partial(gradient, of=of)
     if parts > 1:
-        specs = P(), P(), P(DATA), Draw(P(), P(DATA), P())
+        of_draw: Any = Draw._make((P(), P(DATA), P()))  # places stand for the arrays
+        specs = P(), P(), P(DATA), of_draw
         run = jax.shard_map(
             run,
             mesh=of.mesh,
