@@ -23,6 +23,7 @@ from djax.convert import orbax_files, rules
 from djax.convert.safetensors_files import INDEX, READ, SINGLE, TensorFiles
 from djax.errors import CheckpointError, OptionError, PathError, UnsupportedModelError, list_problems, shorten
 from djax.models import FAMILIES
+from djax.models.contract import Config, DType, ExpertConfig
 from djax.models.family import Family
 from djax.runtime.sharding import find_devices
 from djax.storage.checkpoint_files import check_tree, is_there, read_object
@@ -159,7 +160,10 @@ class Source:
                 f"{self.directory}: config.json says {self.config.layers} layers, there are {len(files.found)} tensors"
             )
         # An expert has tensors of its own, or a row of one.
-        experts = self.config.experts if self.family.has_experts else 1
+        experts = 1
+        if self.family.has_experts:
+            assert isinstance(self.config, ExpertConfig), "has_experts"
+            experts = self.config.experts
         if experts > max([len(files.found), *(shape[0] for shape, _ in files.found.values() if shape)]):
             raise CheckpointError(f"{self.directory}: config.json says {experts} experts, the tensors have fewer")
         table = match(self.family, self.config, files)
@@ -414,7 +418,7 @@ def _announce(name: str, value: int, directory: Path) -> int:
     return value
 
 
-def shapes(family: Family, config: Any, dtype: Any) -> dict[rules.Path, jax.ShapeDtypeStruct]:
+def shapes(family: Family, config: Config, dtype: DType) -> dict[rules.Path, jax.ShapeDtypeStruct]:
     """Each parameter's shape and dtype in a model of this dtype."""
     return traverse_util.flatten_dict(nn.meta.unbox(family.abstract(config, dtype)))
 
@@ -429,7 +433,7 @@ def parameter_dtype(hf: dict, stored: dict[str, str], wish: str | None) -> Any:
     return DTYPES.get(declared, jnp.float32)
 
 
-def match(family: Family, config: Any, files: TensorFiles) -> list[rules.Rule]:
+def match(family: Family, config: Config, files: TensorFiles) -> list[rules.Rule]:
     """The rule table of the layout the files are in, checked strictly."""
 
     def count_known(table: list[rules.Rule]) -> int:
@@ -442,13 +446,13 @@ def match(family: Family, config: Any, files: TensorFiles) -> list[rules.Rule]:
     return table
 
 
-def written(family: Family, config: Any) -> list[rules.Rule]:
+def written(family: Family, config: Config) -> list[rules.Rule]:
     """What an export writes: the rules that share a parameter together, so that each parameter is fetched once."""
     return sorted(family.layouts(config)["hf"], key=lambda rule: rule.target)
 
 
 def kinds(
-    family: Family, config: Any, stored: Mapping[str, str], have: Any, wish: str | None
+    family: Family, config: Config, stored: Mapping[str, str], have: DType, wish: str | None
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shape and dtype of each tensor of an export: the dtype that is wished, else the one it is known to have had, but never
     wider than its parameter in a model of dtype `have`."""

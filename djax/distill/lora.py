@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from djax.checks import integer, number
 from djax.errors import OptionError
+from djax.models.contract import Config, Params
 from djax.models.family import Family
 from djax.models.model import Model
 from djax.training.contract import Weights
@@ -37,7 +38,7 @@ class Lora:
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
-def adapters(lora: Lora, family: Family, config: Any, key: jax.Array) -> dict[str, Any]:
+def adapters(lora: Lora, family: Family, config: Config, key: jax.Array) -> dict[str, Any]:
     """The tree of adapters: for each matrix a `{"a": [E?, in, rank], "b": [E?, rank, out]}` in float32, b of zeros, so that
     the adapted model begins as the model itself."""
     out = {}
@@ -67,7 +68,7 @@ class Adapters(Weights):
         return merged(self.lora, frozen, trained)
 
 
-def merged(lora: Lora, params: Any, adapters: Any) -> Any:
+def merged(lora: Lora, params: Params, adapters: Any) -> Any:
     """The parameters with their adapters, in the parameters' own dtypes and shapes."""
     flat = traverse_util.flatten_dict(params)
     for path, pair in _pairs(adapters).items():
@@ -84,7 +85,7 @@ def _pairs(adapters: Any) -> dict[tuple[str, ...], dict[str, jax.Array]]:
     return pairs
 
 
-def _matrices(family: Family, config: Any) -> dict[tuple[str, ...], tuple[tuple[int, ...], int, int]]:
+def _matrices(family: Family, config: Config) -> dict[tuple[str, ...], tuple[tuple[int, ...], int, int]]:
     """Each adapted parameter's path: its experts' axis, if it has one, and the sizes it maps from and to."""
     boxed = family.abstract(config, jnp.float32)
     shapes = {p: a.shape for p, a in traverse_util.flatten_dict(nn.meta.unbox(boxed)).items()}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from djax.checkpoints import checkpoint
 from djax.checks import integer, number
@@ -167,7 +168,7 @@ def distil(
     held_out: Sequence[Question] | None = None,
     verifier: verify.Verifier | str = "exact",
     traces: str | Path | None = None,
-    console: Any = None,
+    console: Console | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Model:
     """Record, filter, train; the best model stands in `directory`/model in HF layout. A run that was killed goes on.

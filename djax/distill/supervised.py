@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from djax.distill.objectives import Row, View
 from djax.errors import OptionError
 from djax.kernels.sight import HIDDEN_RANK, Sight
+from djax.models.contract import Params
 from djax.training.contract import Draw, Loss, Network, Objective, Own
 
 # Logits of one view of all its rows at once, in bytes; beyond, a row's are made at a time and made
@@ -27,7 +28,7 @@ class Supervised(Objective):
     objectives: tuple[Any, ...]
     balance: float = 0.01
 
-    def loss(self, net: Network, params: Any, own: Own, batch: Row[jax.Array], draw: Draw) -> Loss:
+    def loss(self, net: Network, params: Params, own: Own, batch: Row[jax.Array], draw: Draw) -> Loss:
         rows, shown = batch, self.show(net, batch, draw)
         tokens = jnp.concatenate([view.tokens for _, view in shown])
         positions = None

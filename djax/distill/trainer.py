@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from rich.console import Console
 
 from djax.checks import number, plug
 from djax.distill.lora import Adapters, Lora
@@ -118,8 +119,8 @@ class Examples(Batches):
     def which(self, step: int) -> np.ndarray:
         """The trajectories of an update's examples, int64 `[R]`: each pass over all of them is in an order of its own."""
         numbers = step * self.recipe.rows + np.arange(self.recipe.rows)
-        orders = {
-            e: np.random.default_rng([self.recipe.seed, int(e)]).permutation(len(self)) for e in set(numbers // len(self))
+        orders: dict[int, np.ndarray] = {
+            int(e): np.random.default_rng([self.recipe.seed, int(e)]).permutation(len(self)) for e in set(numbers // len(self))
         }
         return np.array([orders[n // len(self)][n % len(self)] for n in numbers.tolist()])
 
@@ -142,7 +143,7 @@ def train(
     directory: str | Path,
     *,
     evaluate: Evaluate | None = None,
-    console: Any = None,
+    console: Console | None = None,
 ) -> Model:
     """Train the model, or go on training it, in `directory`; returns the best model by `evaluate`, or the last without it.
 

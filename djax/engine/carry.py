@@ -16,6 +16,7 @@ from djax.decoding.smoothing import Smoothing
 from djax.engine.frame import frame_windows
 from djax.engine.trace import A, Record
 from djax.kernels.choice import Kernels, use_kernels
+from djax.models.contract import Config, Params
 from djax.models.family import Family
 
 Plugs = tuple[Decoder[Any], Policy, Smoothing | None]
@@ -70,7 +71,7 @@ class Spec:
     """
 
     family: Family
-    config: Any
+    config: Config
     block: int
     sampled: bool
     traced: bool
@@ -164,7 +165,7 @@ def with_its_kernels(function: Callable[..., R]) -> Callable[..., R]:
 
 
 @with_its_kernels
-def start(params: Any, ask: Request[jax.Array], *, spec: Spec) -> Carry:
+def start(params: Params, ask: Request[jax.Array], *, spec: Spec) -> Carry:
     """The carry before the first forward of its rows. Those with an empty canvas are free slots."""
     batch, length = ask.tokens.shape
     decoder, policy, smoothing = spec.build(ask.numbers)
@@ -206,7 +207,7 @@ def copy_block(tokens: jax.Array, start: jax.Array, drafts: int, block: int) -> 
 
 
 @with_its_kernels
-def join(params: Any, carry: Carry, ask: Request[jax.Array], b: jax.Array, *, spec: Spec) -> Carry:
+def join(params: Params, carry: Carry, ask: Request[jax.Array], b: jax.Array, *, spec: Spec) -> Carry:
     """The carry with the one row of `ask` in slot b, whose row must have ended. Its cache is not touched: what is there is
     hidden until the row's first refresh replaces it."""
     new = start(params, ask, spec=spec)

@@ -33,6 +33,7 @@ from djax.engine.carry import (
 )
 from djax.engine.frame import frame_windows, list_widths
 from djax.kernels.sight import HIDDEN_RANK
+from djax.models.contract import Params
 from djax.models.layers import Cache
 from djax.models.sight import rank_keys, see
 from djax.runtime.process import make_key
@@ -77,7 +78,7 @@ def find_ticks(rows: Rows[jax.Array], smoothed: bool) -> Tick:
 
 
 @with_its_kernels
-def run(params: Any, carry: Carry, turns: jax.Array | None = None, until: jax.Array | None = None, *, spec: Spec) -> Carry:
+def run(params: Params, carry: Carry, turns: jax.Array | None = None, until: jax.Array | None = None, *, spec: Spec) -> Carry:
     """Go on until every row has ended or, with `turns` and `until` (int32 scalars), until so many turns are spent or the event
     happens (`ROW_ENDED`, `BLOCK_FINISHED`, `NO_EVENT`).
 
@@ -105,7 +106,7 @@ def run(params: Any, carry: Carry, turns: jax.Array | None = None, until: jax.Ar
     return jax.lax.while_loop(go_on, turn, (carry, turns, jnp.bool_(False)))[0]
 
 
-def decode(params: Any, ask: Request[jax.Array], *, spec: Spec) -> Rows[jax.Array]:
+def decode(params: Params, ask: Request[jax.Array], *, spec: Spec) -> Rows[jax.Array]:
     """`start`, then `run` to the end: the program of `djax.generate`.
 
     Returns the rows as they end, less what only the loop needs; `active` is true only for rows that hit their cap on turns.
@@ -122,7 +123,7 @@ def find_running(carry: Carry) -> jax.Array:
 class _Loop:
     """The turns of a loop over a carry of B rows and canvases of L positions, for one set of parameters."""
 
-    def __init__(self, params: Any, spec: Spec, carry: Carry) -> None:
+    def __init__(self, params: Params, spec: Spec, carry: Carry) -> None:
         self.params, self.spec = params, spec
         self.family, self.config, self.block = spec.family, spec.config, spec.block
         self.batch, self.length = carry.rows.tokens.shape

@@ -19,6 +19,7 @@ from djax.engine.carry import Plugs, Request, Spec
 from djax.engine.options import Options
 from djax.errors import BatchError, CanvasError, OptionError
 from djax.kernels.choice import Kernels, traced_kernels, with_wanted_kernels
+from djax.models.contract import Config, DType
 from djax.models.model import Model, device_memory, known_model
 from djax.plugs import spelled
 from djax.pytree import classes
@@ -243,7 +244,7 @@ def _try_plugs(model: Model, ask: Request[np.ndarray], plugs: Plugs, block: int,
     their contracts (`decoding/contract.py`, `caching/contract.py`) do not allow."""
     vocab = model.config.vocab
 
-    def shape(*sizes: int, dtype: Any) -> Any:
+    def shape(*sizes: int, dtype: DType) -> Any:
         """What stands for an array where only shapes are computed."""
         return jax.ShapeDtypeStruct(sizes, dtype)
 
@@ -356,7 +357,7 @@ def bucket(length: int) -> int:
 def request(
     ids: Sequence[np.ndarray],
     seeds: Sequence[int],
-    config: Any,
+    config: Config,
     *,
     rows: int,
     gen_length: Sequence[int],

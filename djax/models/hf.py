@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from djax.errors import UnsupportedModelError, list_problems, shorten
+from djax.models.contract import Config
 
 # Programs count positions, tokens and what they add to them in 32 bits, XLA and numpy count bytes in 64.
 _MOST, _MOST_ELEMENTS = 2**30, 2**48
 
 
-def list_settings(config: Any) -> dict[str, Any]:
+def list_settings(config: Config) -> dict[str, Any]:
     """A family's Config as JSON values. more_eos_ids is listed only if there are any, so that everything which was
     written or hashed of a config with one EOS id stays as it is."""
     settings = dataclasses.asdict(config)

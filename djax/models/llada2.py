@@ -124,6 +124,8 @@ class Config(EndIds):
 class LLaDA2(Transformer):
     """Dense layers first, then layers with experts."""
 
+    config: Config
+
     @property
     def rotated(self) -> int:
         return self.config.rotated
@@ -136,12 +138,16 @@ class LLaDA2(Transformer):
 class DenseLayer(Layer):
     """The feed-forward part is one gated MLP."""
 
+    config: Config
+
     def feed_forward(self, h: jax.Array, valid: jax.Array) -> jax.Array:
         return self.mlp("mlp", h, self.config.dense_width)
 
 
 class MoELayer(Layer):
     """The feed-forward part is the chosen experts and the shared one."""
+
+    config: Config
 
     def feed_forward(self, h: jax.Array, valid: jax.Array) -> jax.Array:
         c = self.config

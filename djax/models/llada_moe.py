@@ -101,12 +101,16 @@ class Config(EndIds):
 class LLaDAMoE(Transformer):
     """Every layer is alike."""
 
+    config: Config
+
     def layer(self, n: int) -> "MoELayer":
         return MoELayer(self.config, self.dtype, name=f"layer_{n}")
 
 
 class MoELayer(Layer):
     """The feed-forward part is experts, chosen by a softmax over all of them."""
+
+    config: Config
 
     def feed_forward(self, h: jax.Array, valid: jax.Array) -> jax.Array:
         c = self.config

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from djax.checks import reading, show, type_name, whole_number
 from djax.errors import BatchError, CanvasError, OptionError, PromptError
 from djax.kernels.choice import Kernels, read_choice, use_kernels
+from djax.models.contract import Config, Params
 from djax.models.family import Family
 from djax.models.quantized import SCALE
 from djax.models.sight import Visibility, see
@@ -38,8 +39,8 @@ class Model:
     """
 
     family: Family
-    config: Any
-    params: Any
+    config: Config
+    params: Params
     tokenizer: Any
     hf_config: Mapping[str, Any]
     stored: Mapping[str, str]
@@ -100,7 +101,7 @@ class Model:
 
 @with_own_settings
 def _rebuild(
-    family: Family, config: Any, params: Any, tokenizer: Any, hf_config: dict, stored: dict, axes: dict | None, specs: Any
+    family: Family, config: Config, params: Params, tokenizer: Any, hf_config: dict, stored: dict, axes: dict | None, specs: Any
 ) -> Model:
     """A model from what `Model.__reduce__` gives, on one device or on a mesh of the same shape."""
     mesh = None if axes is None else make_mesh(**axes)
@@ -138,13 +139,13 @@ def computing(model: Model, kernels: Kernels | None = None) -> Iterator[None]:
 
 
 def _logits(
-    params: Any,
+    params: Params,
     tokens: jax.Array,
     lengths: jax.Array,
     block: jax.Array | np.int32 | None,
     *,
     family: Family,
-    config: Any,
+    config: Config,
 ) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     valid = positions < lengths[:, None]

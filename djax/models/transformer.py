@@ -11,6 +11,7 @@ from djax.kernels.linear import linear
 from djax.kernels.plain import rms_norm
 from djax.kernels.sight import Sight
 from djax.kernels.weights import Int8, Weights, product
+from djax.models.contract import Config, DType
 from djax.models.layers import Cache, replicated, rotary_angles
 from djax.models.quantized import SCALE
 
@@ -22,8 +23,8 @@ class Transformer(nn.Module):
     full_rotary: queries and keys are rotated in float32 in a narrower model, too.
     """
 
-    config: Any
-    dtype: Any = jnp.float32
+    config: Config
+    dtype: DType = jnp.float32
     remat: bool = False
 
     full_rotary: ClassVar[bool] = False
@@ -87,8 +88,8 @@ class Layer(nn.Module):
     A family's layer has its own `feed_forward`. head_norms: queries and keys are normalised by head, before rotary.
     """
 
-    config: Any
-    dtype: Any
+    config: Config
+    dtype: DType
 
     head_norms: ClassVar[bool] = True
 

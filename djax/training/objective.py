@@ -5,12 +5,13 @@ level of masking drawn for each row alone.
 """
 
 import dataclasses
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from djax.models.contract import Params
 from djax.training.balance import balance_loss as balance_loss
 from djax.training.contract import Draw, Loss, Network, Objective, Own
 
@@ -36,7 +37,7 @@ class Diffusion(Objective):
     balance: float = 0.01
     whole = True
 
-    def loss(self, net: Network, params: Any, own: Own, batch: Batch[jax.Array], draw: Draw) -> Loss:
+    def loss(self, net: Network, params: Params, own: Own, batch: Batch[jax.Array], draw: Draw) -> Loss:
         """Over the whole batch; its parts are "diffusion" and "balance"."""
         tokens, response = batch
         noisy, masked, t = corrupt(draw.key, tokens, response, net.config.mask_id)

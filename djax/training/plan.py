@@ -11,6 +11,7 @@ import optax
 
 from djax.checks import flag, integer, number, one_of
 from djax.errors import OptionError
+from djax.models.contract import Params
 from djax.models.model import Model
 
 Schedule = Callable[[jax.Array], jax.Array]
@@ -115,7 +116,7 @@ def make_optimizer(plan: Plan) -> optax.GradientTransformation:
         moves = _muon(make_schedule(plan, plan.muon), rate, **options)
     else:
 
-        def matrices(params: Any) -> Any:
+        def matrices(params: Params) -> Any:
             return jax.tree.map(lambda a: a.ndim > 1, params)
 
         moves = optax.adamw(rate, *plan.betas, weight_decay=plan.weight_decay, mask=matrices)
@@ -128,7 +129,7 @@ def _muon(rate: Schedule, adam_rate: Schedule, **options: Any) -> optax.Gradient
     axes = {"qkv": as_matrix(0, (1, 3)), "o": as_matrix((0, 1), 2)}
     axes |= {"w_in": as_matrix(1, 2), "w_out": as_matrix(1, 2)}
 
-    def matrices(params: Any) -> Any:
+    def matrices(params: Params) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: axes.get(path[-1].key), params)
 
     return optax.contrib.muon(rate, adam_learning_rate=adam_rate, muon_weight_dimension_numbers=matrices, **options)

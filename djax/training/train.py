@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from djax import text
 from djax.checkpoints import checkpoint
@@ -113,7 +114,7 @@ def make_plan(run: Run, save_every: int, log_every: int) -> Plan:
 
 @with_own_settings
 @with_wanted_kernels
-def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 20, console: Any = None) -> Model:
+def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 20, console: Console | None = None) -> Model:
     """Train, or go on training, in `directory`; returns the model and leaves it in `directory/model` in HF layout.
 
     `directory` gets run.json, tokenizer/, checkpoints/ (Orbax) and log.jsonl (step, examples, loss, tokens/s, seconds).

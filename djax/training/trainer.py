@@ -19,10 +19,12 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from djax.checks import show, type_name
 from djax.errors import OptionError, TrainingError
+from djax.models.contract import Params
 from djax.models.model import Model, computing
 from djax.runtime.compilation import enable_cache
 from djax.runtime.process import make_key, with_own_settings
@@ -89,7 +91,7 @@ def fit(
     evaluate: Evaluate | None = None,
     describe: Callable[[Window], dict[str, Any]] = describe_means,
     keep: int = 1,
-    console: Any = None,
+    console: Console | None = None,
 ) -> Fitted:
     """Train the model, or go on training it, in `directory`; returns the best model by `evaluate`,
     or the last without it, and what the objective's own parameters were then.
@@ -129,7 +131,7 @@ def fit(
     net = Network(model.family, model.config, plan.remat, model.parts)
     of = Setting(net, objective, plan, weights, model.mesh, places)
 
-    def make_model(params: Any) -> Model:
+    def make_model(params: Params) -> Model:
         """The model with trained weights, in its own dtypes."""
         params = weights.whole(params, frozen.model)
         trained = jax.tree.map(_like, params, model.params)
@@ -260,7 +262,7 @@ def _load(saved: Any, step: int, state: State, directory: Path) -> State:
     return state._replace(**load_state(saved, step, _stored(state), directory))
 
 
-def _show_progress(console: Any) -> Progress:
+def _show_progress(console: Console | None) -> Progress:
     told = "{task.description}", "loss {task.fields[loss]:.4f}"
     columns = map(TextColumn, (*told, "{task.fields[speed]:,.0f} tokens/s"))
     rest = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
+from djax.models.contract import Params
 from djax.runtime.process import make_key
 from djax.runtime.sharding import DATA
 from djax.training.contract import Draw, Network, Objective, Own, Weights
@@ -26,7 +27,7 @@ class State(NamedTuple):
                objective without. Checkpoints then have no entry for it.
     """
 
-    params: Any
+    params: Params
     optimizer: Any
     step: jax.Array
     own: Any = ()
@@ -145,7 +146,7 @@ def update(state: State, frozen: Frozen, batch: Any, *, of: Setting) -> tuple[St
     return new, losses, logged
 
 
-def _move(moves: Any, found: Any, params: Any, optimizer: Any) -> tuple[Any, Any]:
+def _move(moves: Any, found: Any, params: Params, optimizer: Any) -> tuple[Any, Any]:
     change, optimizer = moves.update(found, optimizer, params)
     return optax.apply_updates(params, change), optimizer
 
