@@ -7,7 +7,7 @@ import numpy as np
 from djax.convert.rules import Rule
 
 
-def layouts(c: Any) -> dict[str, list[Rule]]:
+def layouts(c: object) -> dict[str, list[Rule]]:
     """hf: as published, three matrices an expert. fused: dInfer's `tools/transfer`, w1 `[E, 2F, D]` (gate rows, then up
     rows) and w2 `[E, D, F]` a layer. The first is what an export writes."""
     return {"hf": _rest(c) + _experts(c), "fused": _rest(c) + _stacked_experts(c)}

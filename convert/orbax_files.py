@@ -51,7 +51,7 @@ def describe(directory: Path) -> dict[tuple[str, ...], tuple[tuple[int, ...], np
     return {path: (tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in traverse_util.flatten_dict(tree).items()}
 
 
-def restore(directory: Path, tree: Any) -> Any:
+def restore(directory: Path, tree: object) -> Any:
     """The whole tree, each leaf of the shape and dtype and on the devices that `tree` (of `ShapeDtypeStruct`s) says."""
     from orbax.checkpoint.experimental import v1 as orbax
 
@@ -63,7 +63,7 @@ def restore(directory: Path, tree: Any) -> Any:
         return orbax.load(directory.resolve(), tree)
 
 
-def read(directory: Path, path: tuple[str, ...], shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def read(directory: Path, path: tuple[str, ...], shape: tuple[int, ...], dtype: object) -> np.ndarray:
     """One leaf, on the host."""
     from orbax.checkpoint.experimental import v1 as orbax
 

@@ -225,13 +225,13 @@ def _check_encodable(texts: Iterable[str]) -> None:
         text.encode()
 
 
-def _entry(name: str, entry: Any) -> tuple[tuple[int, ...], str, tuple[int, int]]:
+def _entry(name: str, entry: object) -> tuple[tuple[int, ...], str, tuple[int, int]]:
     """One tensor of a header, checked by itself."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor {name} is not described by dtype, shape and data_offsets")
     shape, dtype, offsets = entry["shape"], entry["dtype"], entry["data_offsets"]
 
-    def whole(numbers: Any) -> bool:
+    def whole(numbers: object) -> bool:
         return isinstance(numbers, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers)
 
     if not isinstance(dtype, str) or dtype not in _BITS:

@@ -34,10 +34,10 @@ def pytree(cls: T) -> T:
     for field in dataclasses.fields(cls):
         (static if field.metadata.get("static") else leaves).append(field.name)
 
-    def flatten(plug: Any) -> tuple[tuple, tuple]:
+    def flatten(plug: object) -> tuple[tuple, tuple]:
         return tuple(getattr(plug, n) for n in leaves), tuple(getattr(plug, n) for n in static)
 
-    def flatten_with_keys(plug: Any) -> tuple[tuple, tuple]:
+    def flatten_with_keys(plug: object) -> tuple[tuple, tuple]:
         values, rest = flatten(plug)
         return tuple(zip(map(jax.tree_util.GetAttrKey, leaves), values, strict=True)), rest
 
@@ -62,7 +62,7 @@ def _print(plug: Any) -> str:
     return f"{type(plug).__name__}({', '.join(f'{name}={getattr(plug, name)!r}' for name in shown)})"
 
 
-def classes(tree: Any) -> tuple:
+def classes(tree: object) -> tuple:
     """The classes in a plug and in the plugs it holds: static to a program, so that plugs of a user's own, however they
     were registered, are never taken for one another."""
     if not dataclasses.is_dataclass(tree):

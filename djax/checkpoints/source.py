@@ -378,7 +378,7 @@ def _special_ids(
     return mask[0], eos, named
 
 
-def _read_ids(value: Any, where: str, many: bool) -> tuple[int, ...]:
+def _read_ids(value: object, where: str, many: bool) -> tuple[int, ...]:
     """One id, or where there may be many a list of them."""
     ids = value if many and isinstance(value, list) else [value]
     expected = "one integer or a list of them" if many else "one integer"
@@ -482,7 +482,7 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     if manifest is None:
         return None
 
-    def names(key: str, default: Any = None) -> bool:
+    def names(key: str, default: object = None) -> bool:
         value = manifest.get(key, default)
         return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 

@@ -68,7 +68,7 @@ class Adapters(Weights):
         return merged(self.lora, frozen, trained)
 
 
-def merged(lora: Lora, params: Params, adapters: Any) -> Any:
+def merged(lora: Lora, params: Params, adapters: object) -> Any:
     """The parameters with their adapters, in the parameters' own dtypes and shapes."""
     flat = traverse_util.flatten_dict(params)
     for path, pair in _pairs(adapters).items():
@@ -78,7 +78,7 @@ def merged(lora: Lora, params: Params, adapters: Any) -> Any:
     return traverse_util.unflatten_dict(flat)
 
 
-def _pairs(adapters: Any) -> dict[tuple[str, ...], dict[str, jax.Array]]:
+def _pairs(adapters: object) -> dict[tuple[str, ...], dict[str, jax.Array]]:
     pairs: dict[tuple[str, ...], dict[str, jax.Array]] = {}
     for (*path, name), leaf in traverse_util.flatten_dict(adapters).items():
         pairs.setdefault(tuple(path), {})[name] = leaf

@@ -31,7 +31,7 @@ def record(
     seed: int = 0,
     max_batch: int = 25,
     progress: Callable[[int], None] | None = None,
-    **options: Any,
+    **options: object,
 ) -> Store:
     """Answer every problem `samples` times and keep how, appended to the store in `directory`.
 

@@ -104,7 +104,7 @@ def judge(
     verifier_seconds: float = 60.0,
     max_batch: int = 25,
     progress: Callable[[int], None] | None = None,
-    **options: Any,
+    **options: object,
 ) -> Report:
     """Answer problems (as `record` takes them) by `djax.generate`'s options and count; right is a score of at least `least`."""
     check = verify.known(verifier)
@@ -114,7 +114,7 @@ def judge(
         score = verify.ask(check, problems[n], answer.text or "", verifier_seconds, f"problem {n}")
         return score >= least
 
-    def ask(prompts: list[Any], **more: Any) -> list[Generation]:
+    def ask(prompts: list[Any], **more: object) -> list[Generation]:
         return generate(model, prompts, **options, **more)
 
     return measure(ask, [p["prompt"] for p in problems], is_right, max_batch, progress)

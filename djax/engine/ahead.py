@@ -36,7 +36,7 @@ _UNPROMISED = ("__gpu$xla.gpu.triton", "LayoutConstraint")
 
 @with_own_settings
 @show_options()
-def compile(model: Model, *, prompt_length: int = 64, rows: int = 1, **options: Any) -> tuple[int, float]:
+def compile(model: Model, *, prompt_length: int = 64, rows: int = 1, **options: object) -> tuple[int, float]:
     """Compile the program that `djax.generate(model, prompts, **options)` would run for `rows` prompts of up to
     `prompt_length` tokens, and keep it: in this process, and in the compile cache for the next.
 
@@ -57,7 +57,7 @@ def export_program(
     prompt_length: int = 64,
     rows: int = 1,
     platform: str | None = None,
-    **options: Any,
+    **options: object,
 ) -> None:
     """Write the decode as a directory that jax alone can run, with djax's Python code nowhere near.
 

@@ -157,7 +157,7 @@ def with_its_kernels(function: Callable[..., R]) -> Callable[..., R]:
     """A function of a spec, traced with the kernels that the spec names, whoever traces it."""
 
     @wraps(function)
-    def traced(*arguments: Any, spec: Spec, **others: Any) -> R:
+    def traced(*arguments: object, spec: Spec, **others: object) -> R:
         with use_kernels(spec.kernels):
             return function(*arguments, spec=spec, **others)
 

@@ -1,7 +1,6 @@
 """What a decode would do, before anything compiles: what is legal, which forwards of which size, what stays in memory."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +68,7 @@ class Explanation:
 
 @with_own_settings
 @show_options()
-def explain(model: Model, prompts: Any, **options: Any) -> Explanation | list[Explanation]:
+def explain(model: Model, prompts: object, **options: object) -> Explanation | list[Explanation]:
     """What `djax.generate(model, prompts, **options)` would do, one `Explanation` a prompt. Compiles and runs no model.
 
     Takes the same options and raises the same errors.

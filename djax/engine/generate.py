@@ -84,7 +84,7 @@ def generate(model: Model, prompts: list[str], **options: Any) -> list[Generatio
 def generate(model: Model, prompts: Any, **options: Any) -> Generation | list[Generation]: ...
 @with_own_settings
 @show_options()
-def generate(model: Model, prompts: Any, **options: Any) -> Generation | list[Generation]:
+def generate(model: Model, prompts: object, **options: object) -> Generation | list[Generation]:
     """Answer one prompt or many; see `text.encode` for the forms of `prompts`. One prompt gives one `Generation`.
 
     {options}
@@ -104,7 +104,7 @@ def generate(model: Model, prompts: Any, **options: Any) -> Generation | list[Ge
     return out[0] if asked.single else out
 
 
-def ask(model: Model, prompts: Any, options: Mapping[str, Any], caller: str) -> Asked:
+def ask(model: Model, prompts: object, options: Mapping[str, Any], caller: str) -> Asked:
     """What `generate(model, prompts, **options)` would be asked, checked, for functions that take its options.
 
     Raises `TypeError`, naming the caller, for an option that `generate` does not have, and `generate`'s errors.

@@ -15,7 +15,7 @@ from djax.decoding.smoothing import Smoothing
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _option(default: Any, text: str) -> Any:
+def _option(default: object, text: str) -> Any:
     return dataclasses.field(default=default, metadata={"text": text})
 
 

@@ -63,7 +63,7 @@ class Asked:
 
 
 @with_wanted_kernels
-def prepare(model: Model, prompts: Any, options: Options) -> Asked:
+def prepare(model: Model, prompts: object, options: Options) -> Asked:
     """Check the arguments of `djax.generate`, whose docstring has their meaning, and lay its prompts out. Compiles nothing.
 
     Raises `OptionError`, `PromptError`, `CanvasError` or `BatchError`.
@@ -140,7 +140,7 @@ def refuse_lists(options: Mapping[str, Any], expected: str) -> None:
             raise OptionError(f"{name}: expected {expected}")
 
 
-def _plugs_each(model: Model, decoder: Any, cache: Any, smoothing: Any, count: int) -> tuple[Plugs, list[Plugs]]:
+def _plugs_each(model: Model, decoder: object, cache: object, smoothing: object, count: int) -> tuple[Plugs, list[Plugs]]:
     """The first prompt's plugs, and each prompt's: of one kind with equal static fields, since one program serves them."""
     named = dict(decoder=decoder, cache=cache, smoothing=smoothing)
     if not any(type(value) in (list, tuple) for value in named.values()):
@@ -208,7 +208,7 @@ def _plugs(model: Model, decoder: Any, cache: Any, smoothing: Any) -> Plugs:
     return decoder, policy, smoothing
 
 
-def _with_values(plug: Any, name: str) -> Any:
+def _with_values(plug: object, name: str) -> Any:
     """The plug as its constructors check and store it, its leaves numbers. Plugs that jax or `object.__setattr__` made were
     checked by nobody, and one that was made while jax traced something may hold what has no value."""
     with reading(name):
@@ -235,7 +235,7 @@ def _made_anew(plug: Any) -> Any:
     return type(plug)(**{name: _made_anew(value) for name, value in fields.items()})
 
 
-def _is_ours(kind: Any) -> bool:
+def _is_ours(kind: object) -> bool:
     return kind.__module__.split(".")[0] == "djax" and dataclasses.is_dataclass(kind)
 
 
@@ -314,13 +314,13 @@ def _count(results: Any) -> str:
     return f"{len(results)} results" if several else f"one, a {type_name(results)}"
 
 
-def _all_ours(plug: Any) -> bool:
+def _all_ours(plug: object) -> bool:
     return all(
         _is_ours(kind) for kind in jax.tree.leaves(classes(plug)) if dataclasses.is_dataclass(kind) or kind is type(plug)
     )
 
 
-def _kinds(tree: Any) -> tuple:
+def _kinds(tree: object) -> tuple:
     leaves, structure = jax.tree.flatten(tree)
     return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
@@ -406,7 +406,7 @@ def _numbers(plugs: Sequence[Plugs], rows: int) -> tuple[np.ndarray, ...]:
     return tuple(np.stack([np.asarray(n, dtype_of(column[0])) for n in column]) for column in each)
 
 
-def dtype_of(number: Any) -> Any:
+def dtype_of(number: object) -> Any:
     """A plug's Python number as the program holds it."""
     return {bool: np.bool_, int: np.int32, float: np.float32}.get(type(number), getattr(number, "dtype", None))
 

@@ -48,7 +48,7 @@ class Engine:
         canvas: int = 256,
         draws: bool = True,
         truncates: bool = False,
-        **options: Any,
+        **options: object,
     ) -> None:
         known_model(model)
         if model.mesh is not None:
@@ -87,7 +87,7 @@ class Engine:
 
     @with_own_settings
     @show_options()
-    def join(self, prompt: Any, **options: Any) -> int:
+    def join(self, prompt: object, **options: object) -> int:
         """Put one prompt into a free slot, whose number is returned. Takes the options of `djax.generate`.
 
         Raises `BatchError` if no slot is free, `CanvasError` for a request wider than the canvas, `OptionError` for one whose

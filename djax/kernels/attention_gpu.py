@@ -47,7 +47,7 @@ def call(
         inputs |= dict(zip(("cached_k", "cached_v"), layers, strict=True)) | {"cached_rank": cached_rank}
     fresh = jax.ShapeDtypeStruct((batch, groups, window, head_dim), qkv.dtype)
 
-    def kernel(*refs: Any) -> None:
+    def kernel(*refs: object) -> None:
         _kernel(*refs[-3:], **dict(zip(inputs, refs, strict=False)), eps=eps)
 
     out, k, v = pl.pallas_call(

@@ -105,7 +105,7 @@ class Choice(NamedTuple):
     refused: tuple[tuple[BackEnd, str], ...]
 
 
-def _refuse_library(dtype: Any, held: Any, site: Site) -> str | None:
+def _refuse_library(dtype: object, held: object, site: Site) -> str | None:
     """Why a program has no C++ functions of djax's. What the machine has is asked last, since the
     first answer takes a compiler seconds."""
     if site.kernels == "xla":
@@ -260,7 +260,7 @@ def foresee_site(kernels: Kernels, mesh: Mesh | None) -> Site:
     return Site(kernels, jax.default_backend(), layers_split)
 
 
-def run(case: Case, forms: Mapping[str, Callable[..., Any]], *arguments: Any) -> Any:
+def run(case: Case, forms: Mapping[str, Callable[..., Any]], *arguments: object) -> Any:
     """The form that `choose` names, on these arguments; forms: one for each back end of the case.
 
     The site is found now, while tracing; the platform is known once the program is lowered.

@@ -167,7 +167,7 @@ def _run_hidden(x: jax.Array, gates: jax.Array, w_in: Weights, w_out: Weights, i
     if isinstance(w_in, Int8) and isinstance(w_out, Int8):
         inputs |= {"in_scale": w_in.scale, "out_scale": w_out.scale}
 
-    def kernel(*refs: Any) -> None:
+    def kernel(*refs: object) -> None:
         _hidden(refs[-1], rows=rows, **dict(zip(inputs, refs, strict=False)))
 
     return pl.pallas_call(

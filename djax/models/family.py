@@ -98,7 +98,7 @@ class Family:
         """`[B, W, D]` -> float32 logits `[B, W, V]`."""
         return self._apply(params, config, x, method="unembed")
 
-    def _apply(self, params: Params, config: Config, *arguments: Any, method: str) -> Any:
+    def _apply(self, params: Params, config: Config, *arguments: object, method: str) -> Any:
         """What a method of the network returns; by flax's stubs it could be with what it collected."""
         return self.network(config).apply({"params": params}, *arguments, method=method)
 

@@ -42,7 +42,7 @@ class Reader:
         self._family, self._hf = family, hf
         self.wrong = [f"{k}={_show(hf[k])} (implemented: {ok[0]!r})" for k, ok in only.items() if k in hf and hf[k] not in ok]
 
-    def __call__(self, key: str, kind: type, default: Any = None) -> Any:
+    def __call__(self, key: str, kind: type, default: object = None) -> Any:
         """A positive number of this kind; `default` where the key is absent or null and there is a default."""
         return self._number(key, self._hf.get(key), kind, default)
 
@@ -119,5 +119,5 @@ class Reader:
             )
 
 
-def _show(value: Any) -> str:
+def _show(value: object) -> str:
     return shorten(repr(value))

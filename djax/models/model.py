@@ -101,7 +101,14 @@ class Model:
 
 @with_own_settings
 def _rebuild(
-    family: Family, config: Config, params: Params, tokenizer: Any, hf_config: dict, stored: dict, axes: dict | None, specs: Any
+    family: Family,
+    config: Config,
+    params: Params,
+    tokenizer: object,
+    hf_config: dict,
+    stored: dict,
+    axes: dict | None,
+    specs: object,
 ) -> Model:
     """A model from what `Model.__reduce__` gives, on one device or on a mesh of the same shape."""
     mesh = None if axes is None else make_mesh(**axes)
@@ -110,7 +117,7 @@ def _rebuild(
     return Model(family, config, params, tokenizer, hf_config, stored, mesh)
 
 
-def known_model(model: Any) -> None:
+def known_model(model: object) -> None:
     """`OptionError` for anything but a model."""
     if not issubclass(type(model), Model):
         raise OptionError(f"model: expected a djax.Model, as djax.load() returns, got {show(model)} of type {type_name(model)}")
@@ -156,7 +163,7 @@ def _logits(
 
 
 @with_own_settings
-def logits(model: Model, tokens: Any, lengths: Any = None, *, block_length: int | None = None) -> jax.Array:
+def logits(model: Model, tokens: object, lengths: object = None, *, block_length: int | None = None) -> jax.Array:
     """The plain full-canvas forward: token ids int `[B, L]` -> float32 `[B, L, V]`.
 
     lengths int `[B]` says how many leading tokens of each row are real (default: all); what follows is seen by nobody
@@ -255,7 +262,7 @@ def _rectangle(rows: np.ndarray | list[np.ndarray] | None, name: str) -> np.ndar
     return rows
 
 
-def _lengths(lengths: Any, rows: int, length: int) -> np.ndarray:
+def _lengths(lengths: object, rows: int, length: int) -> np.ndarray:
     """How many tokens of each row are real, `[B]`, or `PromptError`."""
     found = prompts.whole_rows(lengths, "lengths", PromptError)
     if not isinstance(found, np.ndarray) or found.shape != (rows,) or found.min() < 1 or found.max() > length:

@@ -24,7 +24,7 @@ SAME = 1.0
 _AGAIN = b"\0"  # no signal has this number
 
 
-def leave(signum: int | None = None, frame: Any = None) -> NoReturn:
+def leave(signum: int | None = None, frame: object = None) -> NoReturn:
     """End the process here and now, with the one line."""
     with contextlib.suppress(OSError):
         os.write(2, b"djax: interrupted\n")

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 
-def kinds(arguments: Any) -> Hashable:
+def kinds(arguments: object) -> Hashable:
     """What a program's arguments are, without their values: their tree, and each leaf's shape, dtype and place."""
     leaves, tree = jax.tree.flatten(arguments)
     return tree, tuple((np.shape(a), getattr(a, "dtype", type(a)), getattr(a, "sharding", None)) for a in leaves)

@@ -98,7 +98,7 @@ def place(mesh: Mesh, axes: Mapping[tuple, tuple[str | None, ...]], shapes: Mapp
     return out
 
 
-def over_rows(program: Callable[..., Any], mesh: Mesh, ask: Any) -> Callable[..., Any]:
+def over_rows(program: Callable[..., Any], mesh: Mesh, ask: object) -> Callable[..., Any]:
     """The program (parameters, request -> rows), each part of the data axis running it on its own rows.
 
     The rows must be a multiple of the axis.
@@ -106,7 +106,7 @@ def over_rows(program: Callable[..., Any], mesh: Mesh, ask: Any) -> Callable[...
     if mesh.shape[DATA] == 1:
         return program
 
-    def split(params: Any, ask: Any) -> Any:
+    def split(params: object, ask: object) -> Any:
         specs = P(), jax.tree.map(lambda _: P(DATA), ask)
         # Its checks of what varies over the axis do not know a while_loop whose trips differ from part to part.
         f = jax.shard_map(program, mesh=mesh, in_specs=specs, out_specs=P(DATA), axis_names={DATA}, check_vma=False)

@@ -69,7 +69,7 @@ def evaluate(
     max_batch: int = 25,
     progress: Callable[[int], None] | None = None,
     answer: Callable[..., list[Generation]] = generate,
-    **options: Any,
+    **options: object,
 ) -> Report:
     """Answer every problem and count: `answer(model, questions, **options)`, by default `djax.generate`. `progress` is called
     with the number done so far."""

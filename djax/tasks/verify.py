@@ -34,7 +34,7 @@ def exact(problem: Question, answer: str) -> float:
     return float(stated_result(answer) == _number(problem["result"]))
 
 
-def _number(result: Any) -> Fraction:
+def _number(result: object) -> Fraction:
     """A result exactly; a float is the decimal it prints as, which is what a file had. Raises `OptionError`."""
     if isinstance(result, numbers.Rational) and not isinstance(result, bool):
         return Fraction(int(result.numerator), int(result.denominator))
@@ -71,7 +71,7 @@ def python(problem: Question, answer: str, *, seconds: float = 10.0, megabytes: 
     return float(sandbox.run(snippet(answer), tests, seconds=seconds, megabytes=megabytes).passed)
 
 
-def _check_text(tests: Any) -> str:
+def _check_text(tests: object) -> str:
     """The tests, if they are text that does something. Raises `OptionError`."""
     if not isinstance(tests, str) or not tests.strip():
         raise OptionError(
@@ -81,7 +81,7 @@ def _check_text(tests: Any) -> str:
     return tests
 
 
-def _check_tests(tests: Any) -> None:
+def _check_tests(tests: object) -> None:
     """Raise `OptionError` unless the tests are Python that can fail."""
     text = _check_text(tests)
     try:

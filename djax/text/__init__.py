@@ -27,7 +27,9 @@ def load_tokenizer(directory: Path) -> Any:
     return tokenizer
 
 
-def encode(tokenizer: Any, prompts: Any, vocab: int, mask_id: int, pads: Collection[int] = ()) -> tuple[list[np.ndarray], bool]:
+def encode(
+    tokenizer: object, prompts: object, vocab: int, mask_id: int, pads: Collection[int] = ()
+) -> tuple[list[np.ndarray], bool]:
     """Every prompt as int32 ids, and whether a single prompt came; see `prompts.read` for the forms and for `pads`.
 
     A string is a user's message and goes through the chat template if the tokenizer has one; token ids are taken as they
@@ -91,7 +93,7 @@ def _encodable(prompt: str) -> None:
         raise PromptError(f"prompts: expected text that UTF-8 can write, got {show(prompt)}: {error}") from error
 
 
-def _ids(prompt: Any) -> np.ndarray:
+def _ids(prompt: object) -> np.ndarray:
     return np.asarray(prompt)
 
 

@@ -22,7 +22,7 @@ _NEEDLE = "djaxneedle"
 Message = dict[str, Any]
 
 
-def check_template(tokenizer: Any, where: str) -> None:
+def check_template(tokenizer: object, where: str) -> None:
     """Raises `CheckpointError` if the tokenizer has a chat template that does not parse. `where` names it in the error."""
     try:
         text = _template(tokenizer)
@@ -97,7 +97,7 @@ def _words(error: BaseException) -> str:
     return at + (words if len(words) <= 500 else words[:500] + "...")
 
 
-def _read_message(message: Any) -> Message:
+def _read_message(message: object) -> Message:
     """A message as templates see it: plain values, without those that are None. Raises `PromptError`."""
     if not isinstance(message, Mapping):
         raise PromptError(f"prompts: expected chat messages, got {type(message).__name__} among them")
@@ -125,14 +125,14 @@ def _read_message(message: Any) -> Message:
     return plain if thought is None else {"thinking": thought, **plain, "reasoning_content": thought}
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     try:
         return f"{value!r:.200}"
     except Exception:  # a caller's own repr
         return type(value).__name__
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """The value in JSON's types, as transformers hands them to templates: what is none of them is only named."""
     if isinstance(value, np.generic):
         value = value.item()
@@ -203,7 +203,7 @@ def _takes(text: str, specials: str, role: str) -> tuple[bool, bool]:
         strings, parts = _takes(text, specials, "user")
         user = [{"type": "text", "text": "hello"}] if parts and not strings else user
 
-    def prints(content: Any) -> bool:
+    def prints(content: object) -> bool:
         chat = [said(role, content)]
         if role == "system":
             chat = [*chat, said("user", user)]

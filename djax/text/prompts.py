@@ -25,7 +25,7 @@ _BYTES = bytes | bytearray | memoryview
 Chat = list[dict[str, Any]]
 
 
-def read(prompts: Any, pads: Collection[int]) -> tuple[list[str | Chat | np.ndarray], bool]:
+def read(prompts: object, pads: Collection[int]) -> tuple[list[str | Chat | np.ndarray], bool]:
     """Every prompt as a string, as a chat of plain dicts or as integers `[P]`, and whether a single prompt came.
 
     A mapping with input_ids and attention_mask, such as a tokenizer returns, loses its padding, on either side. pads: the ids
@@ -221,7 +221,7 @@ def _items(given: Sequence, where: str, kind: type[DjaxError] = PromptError) -> 
     return items
 
 
-def _is_list(value: Any) -> bool:
+def _is_list(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | _BYTES) and not is_array(value)
 
 

@@ -26,7 +26,7 @@ def checksum(model: Model) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
-def _pairs(params: Params, sums: Any) -> Iterator[tuple[Any, Any]]:
+def _pairs(params: Params, sums: object) -> Iterator[tuple[Any, Any]]:
     return zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(sums), strict=True)
 
 

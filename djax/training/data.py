@@ -17,7 +17,7 @@ def example(tokenizer: Any, problem: problems.Problem) -> tuple[list[int], list[
 
 
 def batch(
-    tokenizer: Any, rng: random.Random, rows: int, length: int, drills: float, easy: float, eos_id: int
+    tokenizer: object, rng: random.Random, rows: int, length: int, drills: float, easy: float, eos_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """tokens int32 and response bool, both `[rows, length]`, from freshly drawn training problems.
 

@@ -123,7 +123,7 @@ def make_optimizer(plan: Plan) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(plan.clip), moves)
 
 
-def _muon(rate: Schedule, adam_rate: Schedule, **options: Any) -> optax.GradientTransformation:
+def _muon(rate: Schedule, adam_rate: Schedule, **options: object) -> optax.GradientTransformation:
     """Muon on the matrices of attention and experts, Adam on the rest; options are optax's."""
     as_matrix = optax.contrib.MuonDimensionNumbers
     axes = {"qkv": as_matrix(0, (1, 3)), "o": as_matrix((0, 1), 2)}

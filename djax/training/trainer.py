@@ -258,7 +258,7 @@ def _stored(state: State) -> dict[str, Any]:
     return stored if state.own else {name: stored[name] for name in State._fields[:3]}
 
 
-def _load(saved: Any, step: int, state: State, directory: Path) -> State:
+def _load(saved: object, step: int, state: State, directory: Path) -> State:
     return state._replace(**load_state(saved, step, _stored(state), directory))
 
 

@@ -55,7 +55,7 @@ class Setting:
 
 
 def gradient(
-    trained: tuple[Any, Any], frozen: Frozen, batch: Any, draw: Draw, *, of: Setting
+    trained: tuple[Any, Any], frozen: Frozen, batch: object, draw: Draw, *, of: Setting
 ) -> tuple[Any, jax.Array, dict[str, jax.Array]]:
     """The gradient over all rows, each row's loss, and the parts of the loss.
 
@@ -63,7 +63,7 @@ def gradient(
     """
     plan = of.plan
 
-    def loss(trained: tuple[Any, Any], batch: Any, draw: Draw) -> tuple:
+    def loss(trained: tuple[Any, Any], batch: object, draw: Draw) -> tuple:
         params, own = trained
         # Merged in float32: a narrower model's steps would swallow small changes.
         wide = jax.tree.map(lambda a: a.astype(jnp.float32), frozen.model)
@@ -71,7 +71,7 @@ def gradient(
         whole = jax.tree.map(lambda a: a.astype(plan.dtype), whole)
         return of.objective.loss(of.net, whole, Own(own, frozen.own), batch, draw)
 
-    def one(batch: Any, draw: Draw) -> tuple:
+    def one(batch: object, draw: Draw) -> tuple:
         (_, (losses, logged)), found = jax.value_and_grad(loss, has_aux=True)(trained, batch, draw)
         return found, losses, logged
 
@@ -79,10 +79,10 @@ def gradient(
         found, losses, logged = one(batch, draw)
     else:
 
-        def cut(tree: Any) -> Any:
+        def cut(tree: object) -> Any:
             return jax.tree.map(lambda a: a.reshape(plan.accumulate, -1, *a.shape[1:]), tree)
 
-        def part(batch: Any, rows: jax.Array) -> tuple:
+        def part(batch: object, rows: jax.Array) -> tuple:
             return one(batch, draw._replace(rows=rows))
 
         parts = cut(batch), cut(draw.rows)
@@ -102,7 +102,7 @@ def gradient(
 
 
 @partial(jax.jit, static_argnames="of", donate_argnums=0)
-def update(state: State, frozen: Frozen, batch: Any, *, of: Setting) -> tuple[State, jax.Array, dict[str, jax.Array]]:
+def update(state: State, frozen: Frozen, batch: object, *, of: Setting) -> tuple[State, jax.Array, dict[str, jax.Array]]:
     """One update on a batch of R rows.
 
     Returns the state, each row's loss `[R]` (a scalar if the objective is `whole`), and the loss's

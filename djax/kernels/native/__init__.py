@@ -53,7 +53,7 @@ class Unavailable(Exception):
     """The functions cannot be had here; the message says why."""
 
 
-def why_not(dtype: Any, held: Any = None) -> str | None:
+def why_not(dtype: object, held: object = None) -> str | None:
     """Why this machine has no functions for values of this dtype and weights held in that one (None: the same); None if it has.
 
     The first time they are compiled: a few seconds, once a machine. In one process the answer never changes.
@@ -65,7 +65,7 @@ def why_not(dtype: Any, held: Any = None) -> str | None:
     return None
 
 
-def target(name: str, dtype: Any, held: Any = None) -> str:
+def target(name: str, dtype: object, held: object = None) -> str:
     """The name under which XLA knows the function `name` of these dtypes. Only where `why_not` has no reason."""
     return f"{name}_{_library(*_types(dtype, held))}"
 
