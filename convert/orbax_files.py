@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from flax import traverse_util
 
 from djax.storage.directories import uninterrupted
@@ -63,7 +64,7 @@ def restore(directory: Path, tree: object) -> Any:
         return orbax.load(directory.resolve(), tree)
 
 
-def read(directory: Path, path: tuple[str, ...], shape: tuple[int, ...], dtype: object) -> np.ndarray:
+def read(directory: Path, path: tuple[str, ...], shape: tuple[int, ...], dtype: npt.DTypeLike) -> np.ndarray:
     """One leaf, on the host."""
     from orbax.checkpoint.experimental import v1 as orbax
 

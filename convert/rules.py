@@ -12,6 +12,7 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from djax.errors import CheckpointError, list_problems
 
@@ -186,7 +187,7 @@ def _unwrap(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def load(parts: list[Rule], shape: tuple[int, ...], dtype: Any, read: Callable[[str], np.ndarray]) -> np.ndarray:
+def load(parts: list[Rule], shape: tuple[int, ...], dtype: npt.DTypeLike, read: Callable[[str], np.ndarray]) -> np.ndarray:
     """The parameter that these rules fill, one source tensor at a time."""
     if len(parts) == 1 and parts[0].is_copy:
         return read(parts[0].source).astype(dtype, copy=False)

@@ -29,6 +29,7 @@ from djax.runtime.sharding import find_devices
 from djax.storage.checkpoint_files import check_tree, is_there, read_object
 from djax.storage.consistency import check_dtypes, check_generation_config, check_manifest
 from djax.storage.files import expand_home
+from djax.text.contract import Tokenizer
 
 SHIPPED = Path(__file__).parents[1] / "small"
 # Others that ship, by name.
@@ -338,7 +339,7 @@ Named = dict[str, dict[str, tuple[int, ...]]]
 
 
 def _special_ids(
-    hf: dict, generation: dict, tokenizer: Any, family: Family, directory: Path
+    hf: dict, generation: dict, tokenizer: Tokenizer | None, family: Family, directory: Path
 ) -> tuple[int, tuple[int, ...], Named]:
     """The mask's id; the ids that end an answer; and every id that the checkpoint names: role -> file -> ids.
 

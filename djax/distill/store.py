@@ -71,7 +71,10 @@ def tokenizer_checksum(model: Model) -> str | None:
     words = model.tokenizer
     if words is None:
         return None
-    return hashlib.sha256((words.backend_tokenizer.to_str() + (words.chat_template or "")).encode()).hexdigest()
+    template = words.chat_template or ""
+    if not isinstance(template, str):  # several, by name
+        template = json.dumps(template, sort_keys=True)
+    return hashlib.sha256((words.backend_tokenizer.to_str() + template).encode()).hexdigest()
 
 
 class Store:

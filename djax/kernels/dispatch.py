@@ -42,7 +42,7 @@ class Attention(NamedTuple):
     """Attention of heads `head_dim` wide, in this dtype."""
 
     head_dim: int
-    dtype: Any
+    dtype: jax.typing.DTypeLike
 
 
 class Experts(NamedTuple):
@@ -51,8 +51,8 @@ class Experts(NamedTuple):
 
     tokens: int
     w_in: tuple[int, ...]
-    dtype: Any
-    held: Any
+    dtype: jax.typing.DTypeLike
+    held: jax.typing.DTypeLike
 
 
 class Product(NamedTuple):
@@ -61,21 +61,21 @@ class Product(NamedTuple):
 
     summed: int
     outs: int
-    dtype: Any
-    held: Any
+    dtype: jax.typing.DTypeLike
+    held: jax.typing.DTypeLike
 
 
 class Peaks(NamedTuple):
     """The likeliest tokens of logits over so many tokens, in this dtype."""
 
     vocab: int
-    dtype: Any
+    dtype: jax.typing.DTypeLike
 
 
 class Exclude(NamedTuple):
     """Tokens struck from logits of this dtype."""
 
-    dtype: Any
+    dtype: jax.typing.DTypeLike
 
 
 Case = Attention | Experts | Product | Peaks | Exclude
@@ -105,7 +105,7 @@ class Choice(NamedTuple):
     refused: tuple[tuple[BackEnd, str], ...]
 
 
-def _refuse_library(dtype: object, held: object, site: Site) -> str | None:
+def _refuse_library(dtype: jax.typing.DTypeLike, held: jax.typing.DTypeLike, site: Site) -> str | None:
     """Why a program has no C++ functions of djax's. What the machine has is asked last, since the
     first answer takes a compiler seconds."""
     if site.kernels == "xla":

@@ -127,7 +127,7 @@ def grouped(
     return shards(x.astype(across), routing.weights, ids, w_in, w_out).astype(dtype)
 
 
-def _dtype_of_sums(dtype: Any) -> Any:
+def _dtype_of_sums(dtype: jax.typing.DTypeLike) -> Any:
     """The dtype in which a `shard_map` adds values of this one over devices.
 
     Float32 on a CPU. XLA's CPU compiler aborts the process on a bfloat16 sum that a `shard_map` with automatic axes makes:

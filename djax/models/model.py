@@ -27,6 +27,7 @@ from djax.runtime.programs import PROGRAMS, kinds
 from djax.runtime.sharding import DATA
 from djax.runtime.sharding import mesh as make_mesh
 from djax.text import prompts
+from djax.text.contract import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ class Model:
     family: Family
     config: Config
     params: Params
-    tokenizer: Any
+    tokenizer: Tokenizer | None
     hf_config: Mapping[str, Any]
     stored: Mapping[str, str]
     mesh: Mesh | None = None
@@ -104,7 +105,7 @@ def _rebuild(
     family: Family,
     config: Config,
     params: Params,
-    tokenizer: object,
+    tokenizer: Tokenizer | None,
     hf_config: dict,
     stored: dict,
     axes: dict | None,

@@ -12,6 +12,7 @@ import numpy as np
 from djax.errors import CheckpointError, PromptError
 from djax.text import bounded_jinja
 from djax.text.bounded_jinja import LONGEST, LimitError, RefusedError
+from djax.text.contract import Tokenizer
 
 ROLES = ("system", "user", "assistant")
 # Published templates have up to about 30,000 characters.
@@ -22,7 +23,7 @@ _NEEDLE = "djaxneedle"
 Message = dict[str, Any]
 
 
-def check_template(tokenizer: object, where: str) -> None:
+def check_template(tokenizer: Tokenizer, where: str) -> None:
     """Raises `CheckpointError` if the tokenizer has a chat template that does not parse. `where` names it in the error."""
     try:
         text = _template(tokenizer)
@@ -36,7 +37,7 @@ def check_template(tokenizer: object, where: str) -> None:
         raise CheckpointError(f"{where}: the chat template cannot be compiled: {_words(error)}") from error
 
 
-def render_chat(tokenizer: Any, chat: Sequence[Mapping[str, Any]]) -> str:
+def render_chat(tokenizer: Tokenizer, chat: Sequence[Mapping[str, Any]]) -> str:
     """The prompt that the tokenizer's chat template makes of the messages, the assistant's turn begun.
 
     A message's content is a string or a list of parts `{"type": "text", "text": ...}`. The template gets what it takes: parts
@@ -71,7 +72,7 @@ def render_chat(tokenizer: Any, chat: Sequence[Mapping[str, Any]]) -> str:
     return rendered
 
 
-def _template(tokenizer: Any) -> str | None:
+def _template(tokenizer: Tokenizer) -> str | None:
     """The template that a chat goes through. Raises `PromptError` for several of which none is the default."""
     if not tokenizer.chat_template:
         return None

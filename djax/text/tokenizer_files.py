@@ -8,12 +8,12 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from djax.errors import CheckpointError, shorten
 from djax.storage.checkpoint_files import list_files, read_object, read_text
 from djax.storage.consistency import check_chat_templates, check_special_tokens
 from djax.storage.files import parse_json
+from djax.text.contract import Tokenizer
 
 TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 # What transformers reads besides; a chat_template.json is for processors and only compared.
@@ -26,7 +26,7 @@ _DROPPED = ("init_inputs", "tokenizer_object", "__slow_tokenizer", "slow_tokeniz
 _STDERR = threading.Lock()
 
 
-def read_tokenizer(directory: Path) -> Any:
+def read_tokenizer(directory: Path) -> Tokenizer | None:
     """The HF fast tokenizer of a checkpoint directory, None if it has none. No code of the checkpoint is run.
 
     transformers sees copies in a directory of its own: nothing but what `checkpoint_files` has let through, without byte order

@@ -19,6 +19,7 @@ from djax.runtime.compilation import enable_cache
 from djax.runtime.process import make_key, with_own_settings
 from djax.runtime.sharding import find_devices
 from djax.storage.directories import new_directory
+from djax.text.contract import Tokenizer
 from djax.training import data, tokenizer
 from djax.training.contract import Batches
 from djax.training.objective import Batch, Diffusion
@@ -78,7 +79,7 @@ class Problems(Batches):
     """Freshly drawn training problems, as `objective.Batch`es; words: the model's tokenizer."""
 
     run: Run
-    words: Any
+    words: Tokenizer
     eos_id: int
 
     def batch(self, step: int) -> Batch[np.ndarray]:
@@ -133,8 +134,10 @@ def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 
     begin(directory, described)
     words = _tokenizer(run, directory)
     family = FAMILIES[run.family]
-    hf = run.architecture | {"mask_token_id": words.mask_token_id, "eos_token_id": words.eos_token_id}
-    config = family.config_type.from_hf(hf, mask_id=words.mask_token_id, eos_id=words.eos_token_id)
+    mask_id, eos_id = words.mask_token_id, words.eos_token_id
+    assert mask_id is not None and eos_id is not None, "as `tokenizer.train` writes them"
+    hf = run.architecture | {"mask_token_id": mask_id, "eos_token_id": eos_id}
+    config = family.config_type.from_hf(hf, mask_id=mask_id, eos_id=eos_id)
 
     # bfloat16 on disk halves the shipped file; it is what every published LLaDA-MoE uses.
     stored = dict.fromkeys(checkpoint.hf_names(family, config), "BF16")
@@ -165,7 +168,7 @@ def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 
     return checkpoint.load(directory / "model")
 
 
-def _tokenizer(run: Run, directory: Path) -> Any:
+def _tokenizer(run: Run, directory: Path) -> Tokenizer:
     """The run's tokenizer, made by its first start. One that is cut short, as a killed process of an older djax left it, is
     made again as long as nothing has been trained; afterwards another could be what checkpoints were not trained with."""
     there = directory / "tokenizer"
@@ -182,4 +185,6 @@ def _tokenizer(run: Run, directory: Path) -> Any:
         shutil.rmtree(there, ignore_errors=True)
         with new_directory(there) as whole:
             tokenizer.train(whole, run.architecture["vocab_size"], run.seed)
-    return text.load_tokenizer(there)
+    made = text.load_tokenizer(there)
+    assert made is not None, "just written"
+    return made

@@ -53,7 +53,7 @@ class Unavailable(Exception):
     """The functions cannot be had here; the message says why."""
 
 
-def why_not(dtype: object, held: object = None) -> str | None:
+def why_not(dtype: jax.typing.DTypeLike, held: jax.typing.DTypeLike | None = None) -> str | None:
     """Why this machine has no functions for values of this dtype and weights held in that one (None: the same); None if it has.
 
     The first time they are compiled: a few seconds, once a machine. In one process the answer never changes.
@@ -65,12 +65,12 @@ def why_not(dtype: object, held: object = None) -> str | None:
     return None
 
 
-def target(name: str, dtype: object, held: object = None) -> str:
+def target(name: str, dtype: jax.typing.DTypeLike, held: jax.typing.DTypeLike | None = None) -> str:
     """The name under which XLA knows the function `name` of these dtypes. Only where `why_not` has no reason."""
     return f"{name}_{_library(*_types(dtype, held))}"
 
 
-def _types(dtype: Any, held: Any) -> tuple[str, str]:
+def _types(dtype: jax.typing.DTypeLike, held: jax.typing.DTypeLike) -> tuple[str, str]:
     dtype, held = jnp.dtype(dtype).name, jnp.dtype(dtype if held is None else held).name
     if dtype not in ("float32", "bfloat16") or held not in (dtype, "int8"):
         raise Unavailable(f"they are not made for {dtype} values and {held} weights")
