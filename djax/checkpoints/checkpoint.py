@@ -21,7 +21,7 @@ from djax.checks import boolean
 from djax.convert import orbax_files, rules, safetensors_files
 from djax.errors import CheckpointError, OptionError, PathError, shorten
 from djax.models import quantized
-from djax.models.contract import Config, DType
+from djax.models.contract import Config, DType, Params
 from djax.models.family import Family
 from djax.models.hf import list_settings
 from djax.models.model import Model, known_model
@@ -148,7 +148,7 @@ def _places(family: Family, config: Config, mesh: Mesh | None, quantize: str | N
     return sharding.place(sharding.check(mesh), axes, {path: a.shape for path, a in leaves.items()})
 
 
-def abstract(family: Family, config: Config, dtype: DType, mesh: Mesh | None, quantize: str | None = None) -> Any:
+def abstract(family: Family, config: Config, dtype: DType, mesh: Mesh | None, quantize: str | None = None) -> Params:
     """The parameters' tree without values, each leaf a `ShapeDtypeStruct` that knows where it goes."""
     places = _places(family, config, mesh, quantize)
     leaves = shapes(family, config, dtype)
@@ -190,7 +190,7 @@ def write_manifest(
     (directory / MANIFEST).write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
 
 
-def _read(source: Source, mesh: Mesh | None, quantize: str | None) -> Any:
+def _read(source: Source, mesh: Mesh | None, quantize: str | None) -> Params:
     """Parameter by parameter, each as it will be held before it goes to its devices."""
     places = _places(source.family, source.config, mesh, quantize)
     flat: dict[rules.Path, jax.Array] = {}
@@ -201,7 +201,7 @@ def _read(source: Source, mesh: Mesh | None, quantize: str | None) -> Any:
     return traverse_util.unflatten_dict(flat)
 
 
-def _restore(source: Source, mesh: Mesh | None) -> Any:
+def _restore(source: Source, mesh: Mesh | None) -> Params:
     places = _places(source.family, source.config, mesh)
     saved = {path: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=places[path]) for path, a in source.saved.items()}
     try:

@@ -6,7 +6,6 @@ MLPs maps from or to "embed"; experts have an adapter each. Embedding, head, rou
 
 import dataclasses
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -38,7 +37,7 @@ class Lora:
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
-def adapters(lora: Lora, family: Family, config: Config, key: jax.Array) -> dict[str, Any]:
+def adapters(lora: Lora, family: Family, config: Config, key: jax.Array) -> Params:
     """The tree of adapters: for each matrix a `{"a": [E?, in, rank], "b": [E?, rank, out]}` in float32, b of zeros, so that
     the adapted model begins as the model itself."""
     out = {}
@@ -58,17 +57,17 @@ class Adapters(Weights):
 
     lora: Lora
 
-    def begin(self, model: Model, key: jax.Array) -> tuple[Any, Any]:
+    def begin(self, model: Model, key: jax.Array) -> tuple[Params, Params]:
         params = adapters(self.lora, model.family, model.config, key)
         if model.mesh is not None:
             params = jax.device_put(params, NamedSharding(model.mesh, PartitionSpec()))
         return params, model.params
 
-    def whole(self, trained: Any, frozen: Any) -> Any:
+    def whole(self, trained: Params, frozen: Params) -> Params:
         return merged(self.lora, frozen, trained)
 
 
-def merged(lora: Lora, params: Params, adapters: object) -> Any:
+def merged(lora: Lora, params: Params, adapters: Params) -> Params:
     """The parameters with their adapters, in the parameters' own dtypes and shapes."""
     flat = traverse_util.flatten_dict(params)
     for path, pair in _pairs(adapters).items():
@@ -78,7 +77,7 @@ def merged(lora: Lora, params: Params, adapters: object) -> Any:
     return traverse_util.unflatten_dict(flat)
 
 
-def _pairs(adapters: object) -> dict[tuple[str, ...], dict[str, jax.Array]]:
+def _pairs(adapters: Params) -> dict[tuple[str, ...], dict[str, jax.Array]]:
     pairs: dict[tuple[str, ...], dict[str, jax.Array]] = {}
     for (*path, name), leaf in traverse_util.flatten_dict(adapters).items():
         pairs.setdefault(tuple(path), {})[name] = leaf

@@ -259,7 +259,7 @@ def _try_plugs(model: Model, ask: Request[np.ndarray], plugs: Plugs, block: int,
 
     name = f"decoder: {type_name(decoder)}"
 
-    def step(decoder: Any, look: Look, seed: Any) -> tuple:
+    def step(decoder: Decoder[Any], look: Look, seed: jax.Array) -> tuple[Any, ...]:
         state = decoder.init(block, vocab)
         results = decoder.step(state, look._replace(key=make_key(seed) if sampled else None))
         if not isinstance(results, tuple | list) or isinstance(results, Verdict) or len(results) != 2:
@@ -267,8 +267,8 @@ def _try_plugs(model: Model, ask: Request[np.ndarray], plugs: Plugs, block: int,
             raise OptionError(f"{name}.step: expected two results, the state and a djax.Verdict; got {what}")
         return state, *results
 
-    def plan(policy: Any, *asked: Any) -> Plan:
-        planned = policy.plan(*asked)
+    def plan(policy: Policy, tick: Tick, cached: jax.Array) -> Plan:
+        planned = policy.plan(tick, cached)
         if not isinstance(planned, Plan):
             what = _count(planned)
             raise OptionError(f"cache: {type_name(policy)}.plan: expected a djax.caching.contract.Plan; got {what}")

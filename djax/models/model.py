@@ -67,7 +67,7 @@ class Model:
         return 1 if self.mesh is None else self.mesh.shape[DATA]
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype[Any]:
         """Of every parameter, and of what is computed; where a model is quantised, of those that are not."""
         return self.params["embedding"].dtype
 

@@ -57,7 +57,7 @@ def hold() -> Iterator[Callable[[], bool]]:
     came: list[float] = []  # when the interrupt that is being raised came
     raised = threading.Event()
 
-    def interrupt(signum: int, frame: Any) -> None:
+    def interrupt(signum: int, frame: object) -> None:
         if not came:
             came.append(time.monotonic())
             raised.set()

@@ -3,10 +3,12 @@
 import threading
 import time
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+
+R = TypeVar("R")
 
 
 def kinds(arguments: object) -> Hashable:
@@ -30,7 +32,7 @@ class Programs:
         self._kept: dict[Hashable, Any] = {}
         self._compiling: dict[Hashable, threading.Event] = {}
 
-    def get(self, key: Hashable, compile: Callable[[], Any]) -> tuple[Any, float]:
+    def get(self, key: Hashable, compile: Callable[[], R]) -> tuple[R, float]:
         """The program of a key, and the seconds it took to get it: 0 if it was kept."""
         began = time.perf_counter()
         waited = False

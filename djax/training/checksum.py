@@ -31,7 +31,7 @@ def _pairs(params: Params, sums: object) -> Iterator[tuple[Any, Any]]:
 
 
 @jax.jit
-def _sums(params: Params) -> Any:
+def _sums(params: Params) -> Params:
     def one(a: jax.Array) -> jax.Array:
         bits = jax.lax.bitcast_convert_type(a.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
         # A place's weight from its indices, so that the array keeps its layout over devices. Whole numbers wrap: exact.

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from djax.kernels.sight import Sight
 from djax.models.contract import Config, Params
@@ -150,7 +151,7 @@ class Batches:
         """Tokens of a batch, for the log's tokens/s."""
         return int(jax.tree.leaves(batch)[0].size)
 
-    def name(self, step: int, rows: Any) -> str:
+    def name(self, step: int, rows: np.ndarray) -> str:
         """What to call some rows of an update, int64 `[N]`, in an error."""
         del step
         return f"rows {rows.tolist()} of its batch"
@@ -165,7 +166,7 @@ class Weights:
         # Copies: the model stays as it is while its parameters are trained.
         return jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), model.params), None
 
-    def whole(self, trained: Any, frozen: Any) -> Any:
+    def whole(self, trained: Any, frozen: Any) -> Params:
         """The model's parameters from both, in frozen's dtypes."""
         del frozen
         return trained

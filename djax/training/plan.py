@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,16 @@ class Plan:
         integer(self, "cooldown", at_least=0, optional=True)
 
 
-def check_plan(plan: Any) -> None:
+class Planned(Protocol):
+    """What a `Plan` shares with what one is made from."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def accumulate(self) -> int: ...
+
+
+def check_plan(plan: Planned) -> None:
     """Check the fields that a `Plan` shares with what it is made from, under that class's name."""
     for name in ("steps", "rows", "accumulate", "save_every", "evaluate_every", "log_every"):
         integer(plan, name, at_least=1)
@@ -83,7 +92,7 @@ def check_plan(plan: Any) -> None:
         raise OptionError(f"{name}(rows={plan.rows}): expected a multiple of accumulate={plan.accumulate}")
 
 
-def check_rows(plan: Any, model: Model) -> None:
+def check_rows(plan: Planned, model: Model) -> None:
     """`OptionError` unless the devices' parts of the rows, and those of accumulation, are equal."""
     if plan.rows % (model.parts * plan.accumulate):
         raise OptionError(

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -241,7 +241,7 @@ def _begin(model: Model, objective: Objective, plan: Plan, weights: Weights) -> 
     return State(params, begun, step, owned), Frozen(frozen, own.frozen)
 
 
-def place(batch: Any, mesh: Any) -> Any:
+def place(batch: Any, mesh: Mesh | None) -> Any:
     """A batch's rows on the devices that they belong to."""
     if mesh is None:
         return batch

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from djax.models.contract import Params
@@ -50,7 +51,7 @@ class Setting:
     objective: Objective
     plan: Plan
     weights: Weights = Weights()  # noqa: RUF009  (it has no fields)
-    mesh: Any = None
+    mesh: Mesh | None = None
     places: Any = None
 
 

@@ -70,7 +70,7 @@ def target(name: str, dtype: jax.typing.DTypeLike, held: jax.typing.DTypeLike | 
     return f"{name}_{_library(*_types(dtype, held))}"
 
 
-def _types(dtype: jax.typing.DTypeLike, held: jax.typing.DTypeLike) -> tuple[str, str]:
+def _types(dtype: jax.typing.DTypeLike, held: jax.typing.DTypeLike | None) -> tuple[str, str]:
     dtype, held = jnp.dtype(dtype).name, jnp.dtype(dtype if held is None else held).name
     if dtype not in ("float32", "bfloat16") or held not in (dtype, "int8"):
         raise Unavailable(f"they are not made for {dtype} values and {held} weights")
