@@ -171,7 +171,7 @@ def _lower(family: Any, config: Any, mesh: Any, plugs: tuple, quantize: str | No
 
     kinds = dict.fromkeys(Request._fields, jnp.int32)
     kinds |= dict(seed=jnp.uint32, temperature=jnp.float32, top_p=jnp.float32, early_stop=jnp.bool_)
-    fields = {name: value((1,), kind) for name, kind in kinds.items()}
+    fields: dict[str, Any] = {name: value((1,), kind) for name, kind in kinds.items()}
     fields["tokens"] = value((1, canvas), jnp.int32)
     fields["numbers"] = tuple(value((1,), np.int32 if isinstance(x, int) else np.float32) for x in jax.tree.leaves(plugs))
     ask = Request(**fields)
@@ -241,7 +241,7 @@ def _head(x: dict[str, Any]) -> str:
 def table(lines: list[dict[str, Any]]) -> str:
     """Markdown: a column a program."""
     heads = [_head(x) for x in lines]
-    rows = {
+    rows: dict[str, Callable[[dict[str, Any]], object]] = {
         "executables, loops in the entry, host transfers": lambda x: (
             f"{x['executables']}, {x['loops_in_entry']}, {x['host_transfers']}"
         ),

@@ -95,7 +95,7 @@ def measure(
 
     expected = [facts(one, combination) for combination in combinations]
     for axes in meshes:
-        many = spread(one, sharding.mesh(**axes))
+        many = spread(one, sharding.mesh(axes.get("model", 1), axes.get("data", 1)))
         parted = [c for c, e in zip(combinations, expected, strict=True) if facts(many, c) != e]
         line = {
             "data": axes.get("data", 1),

@@ -30,6 +30,12 @@ class Instruction:
         found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.text)
         return found and found.group(1)
 
+    def must_call(self, attribute: str) -> str:
+        """`called` of what has this attribute, as every fusion and loop has."""
+        name = self.called(attribute)
+        assert name is not None, self.text
+        return name
+
     @property
     def source(self) -> str:
         """The JAX operation it came from, '' where XLA forgot."""
@@ -46,7 +52,16 @@ def size(shape: str) -> int:
 
 
 def _dims(shape: str) -> list[int]:
-    return [int(d) for d in re.search(r"\[([\d,]*)\]", shape).group(1).split(",") if d]
+    found = re.search(r"\[([\d,]*)\]", shape)
+    assert found is not None, shape
+    return [int(d) for d in found.group(1).split(",") if d]
+
+
+def _number(parameter: "Instruction") -> int:
+    """Which of its computation's parameters it is."""
+    found = re.search(r"parameter\((\d+)\)", parameter.text)
+    assert found is not None, parameter.text
+    return int(found.group(1))
 
 
 class Program:
@@ -72,7 +87,7 @@ class Program:
 
     def loops(self, computation: str) -> list[str]:
         """The bodies of the loops a computation runs, in order."""
-        return [i.called("body") for i in self.computations[computation].values() if i.op == "while"]
+        return [i.must_call("body") for i in self.computations[computation].values() if i.op == "while"]
 
     def within(self, computation: str) -> list[str]:
         """A computation and the bodies of all loops in it."""
@@ -102,7 +117,7 @@ class Program:
         """The layer a kernel or a collective belongs to: by its own source, else by what it is fused from."""
         texts = [i.source]
         if i.called("calls"):
-            texts += [inner.source for inner in self.computations[i.called("calls")].values()]
+            texts += [inner.source for inner in self.computations[i.must_call("calls")].values()]
         found = [int(n) for text in texts for n in re.findall(r"/layer_(\d+)/", text)]
         return found[0] if found else None
 
@@ -115,10 +130,10 @@ class Program:
             if i.op in ("dynamic-slice", "gather"):
                 return 2 * size(i.shape)
             return size(i.shape) + sum(size(body[o].shape) for o in i.operands if o in body)
-        inner = self.computations[i.called("calls")]
-        parameters = {int(re.search(r"parameter\((\d+)\)", p.text).group(1)): p for p in inner.values() if p.op == "parameter"}
+        inner = self.computations[i.must_call("calls")]
+        parameters = {_number(p): p for p in inner.values() if p.op == "parameter"}
         read = sum(_read(inner, parameters[n], size(body[o].shape)) for n, o in enumerate(i.operands) if n in parameters)
-        root = inner[self.roots[i.called("calls")]]
+        root = inner[self.roots[i.must_call("calls")]]
         parts = [inner[o] for o in root.operands if o in inner] if root.op == "tuple" else [root]
         return read + sum(_written(inner, part) for part in parts)
 
@@ -126,7 +141,7 @@ class Program:
         """Of the products of a computation and the fusions it starts."""
         total = 0
         for i in self.kernels(computation):
-            inner = self.computations[i.called("calls")] if i.op == "fusion" else {i.name: i}
+            inner = self.computations[i.must_call("calls")] if i.op == "fusion" else {i.name: i}
             outer = inner if i.op == "fusion" else self.computations[computation]
             total += sum(_dot_flops(outer, d) for d in inner.values() if d.op == "dot" or "gemm" in d.text)
         return total
@@ -137,7 +152,7 @@ class Program:
         def moves(i: Instruction) -> bool:
             if i.op != "fusion":
                 return i.op in ("copy", "copy-start", "transpose")
-            return all(inner.op in _MOVES for inner in self.computations[i.called("calls")].values())
+            return all(inner.op in _MOVES for inner in self.computations[i.must_call("calls")].values())
 
         return [i for i in self.kernels(computation) if moves(i)]
 
@@ -187,6 +202,7 @@ def _dot_flops(inner: dict[str, Instruction], dot: Instruction) -> int:
     contracting = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.text)
     if contracting is None:
         contracting = re.search(r'"lhs_contracting_dimensions":\["?([\d",]*)"?\]', dot.text)
+    assert contracting is not None, dot.text
     left = _dims(inner[dot.operands[0]].shape)
-    contracted = math.prod(left[int(d)] for d in re.findall(r"\d+", contracting.group(1)))
+    contracted: int = math.prod(left[int(d)] for d in re.findall(r"\d+", contracting.group(1)))
     return 2 * math.prod(_dims(dot.shape)) * contracted

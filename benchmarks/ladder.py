@@ -194,6 +194,7 @@ def _findings(lines: list[dict[str, Any]]) -> list[str]:
     found = []
     for y in (points[r] for r in REFERENCES if r in points):
         x = fastest(real, y)
+        assert x is not None, "the reference itself loses nothing"
         times = x["tokens_per_forward"] / y["tokens_per_forward"]
         found.append(
             f"- At most one point below {_point(y)}, the fastest is {_point(x)}: {times:.2f} times the tokens per forward."

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-HF = {
+HF: dict[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 512,
     "num_hidden_layers": 8,

@@ -24,7 +24,7 @@ from djax.pytree import pytree
 class Oracle(Decoder):
     """answers: int32 `[blocks, S]`, what the row's blocks say in the end."""
 
-    answers: jax.Array
+    answers: jax.Array | np.ndarray
 
     def step(self, state: Any, look: Look) -> tuple[Any, Verdict]:
         tokens, confidence, _ = candidates(look)

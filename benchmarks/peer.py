@@ -34,10 +34,12 @@ class CanvasCache(Cache):
         self.values = [torch.zeros(shape, dtype=dtype) for _ in range(layers)]
         self.at = torch.arange(shape[2])
 
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys[layer].index_copy_(2, self.at, key)
-        self.values[layer].index_copy_(2, self.at, value)
-        return self.keys[layer], self.values[layer]
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys[layer_idx].index_copy_(2, self.at, key_states)
+        self.values[layer_idx].index_copy_(2, self.at, value_states)
+        return self.keys[layer_idx], self.values[layer_idx]
 
 
 class Network(torch.nn.Module):
@@ -64,7 +66,7 @@ class Peer:
     def __init__(
         self, hf: Mapping[str, Any], tensors: Mapping[str, np.ndarray], mask_id: int, dtype: str, experts: str, compiled: bool
     ) -> None:
-        config = Qwen3MoeConfig(
+        settings: dict[str, Any] = dict(
             **{k: hf[k] for k in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")},
             **{k: hf[k] for k in ("num_key_value_heads", "num_experts", "num_experts_per_tok", "rms_norm_eps")},
             max_position_embeddings=hf["max_position_embeddings"],
@@ -74,6 +76,7 @@ class Peer:
             rope_parameters={"rope_theta": float(hf["rope_theta"]), "rope_type": "default"},
             tie_word_embeddings=False,
         )
+        config = Qwen3MoeConfig(**settings)
         config._attn_implementation = "sdpa"
         config._experts_implementation = experts
         self.dtype, self.mask_id = getattr(torch, dtype), mask_id
@@ -92,23 +95,24 @@ class Peer:
         """Fill the masks of a canvas `[L]`, the `per_step` surest of the block at each forward; blocks stand at multiples of
         `block`, as in `djax.Vicinity(before, after, warmup=0)` with `djax.Fixed(per_step)`."""
         began = time.perf_counter()
-        tokens = torch.from_numpy(tokens.astype(np.int64))[None]
-        length = tokens.shape[1]
+        canvas = torch.from_numpy(tokens.astype(np.int64))[None]
+        length = canvas.shape[1]
         config = self.network.model.config
         shape = (1, config.num_key_value_heads, length, config.head_dim)
         cache = CanvasCache(config.num_hidden_layers, shape, self.dtype)
-        windows, refreshes = [], []
+        windows: list[float] = []
+        refreshes: list[float] = []
         for start in range(prompt // block * block, length, block):
             end, fresh = min(start + block, length), True
-            while (tokens[0, start:end] == self.mask_id).any():
+            while (canvas[0, start:end] == self.mask_id).any():
                 at = time.perf_counter()
                 left, right = (0, length) if fresh else (max(start - before, 0), min(end + after, length))
                 cache.at = torch.arange(left, right)
-                logits = self.forward(tokens[:, left:right], cache.at[None], cache, start - left, end - start)
-                self._accept(tokens, logits[0], start, end, per_step)
+                logits = self.forward(canvas[:, left:right], cache.at[None], cache, start - left, end - start)
+                self._accept(canvas, logits[0], start, end, per_step)
                 (refreshes if fresh else windows).append(time.perf_counter() - at)
                 fresh = False
-        return Run(tokens[0].numpy(), windows, refreshes, time.perf_counter() - began)
+        return Run(canvas[0].numpy(), windows, refreshes, time.perf_counter() - began)
 
     def _accept(self, tokens: torch.Tensor, logits: torch.Tensor, start: int, end: int, per_step: int) -> None:
         logits = logits.float()

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ PEERS = tuple(
 NO_PEER = "PyTorch is not installed, so it is not compared: pip install torch==2.13.0"
 
 
-def decode(model: Any, prompt: list[int], per_step: int, **options: Any) -> Any:
+def decode(model: Any, prompt: list[int] | list[list[int]], per_step: int, **options: Any) -> Any:
     """One answer in a known number of forwards. It fills its canvas: random weights end no text."""
     defaults = {"gen_length": GENERATED, "block_length": BLOCK, "cache": djax.Vicinity(BEFORE, AFTER, warmup=0)}
     return djax.generate(model, prompt, decoder=djax.Fixed(per_step), early_stop=False, **(defaults | options))
@@ -64,7 +64,7 @@ def without_kernels(run: Callable[[], Any]) -> Any:
         return run()
 
 
-def in_turns(contenders: dict[str, Callable[[], Any]], repeats: int, note: Callable[[str], None]) -> dict[str, list[Any]]:
+def in_turns(contenders: Mapping[str, Callable[[], Any]], repeats: int, note: Callable[[str], None]) -> dict[str, list[Any]]:
     """Each contender's results, measured one after another `repeats` times; a first round, which compiles, is thrown away."""
     out: dict[str, list[Any]] = {name: [] for name in contenders}
     for turn in range(repeats + 1):
@@ -134,7 +134,8 @@ def windows(repeats: int, note: Callable[[str], None]) -> Iterator[dict[str, Any
 
 def python_loop(model: Any, canvas: np.ndarray) -> tuple[float, float, np.ndarray]:
     """The same network and decoder, jitted a step at a time and driven by a Python loop that looks at the tokens after each."""
-    tokens, times = jnp.asarray(canvas, jnp.int32)[None], ([], [])
+    tokens = jnp.asarray(canvas, jnp.int32)[None]
+    times: tuple[list[float], list[float]] = ([], [])
     end = tokens.shape[1]
     cache: Any = None
     for start in range(PROMPT, end, BLOCK):
@@ -207,7 +208,7 @@ def machine() -> dict[str, float]:
     return {"flops_per_second": 2 * 2048**3 / product, "bytes_per_second": 2 * long.nbytes / copy}
 
 
-def work(canvas: int) -> tuple[int, int]:
+def work(canvas: int) -> tuple[float, float]:
     """FLOPs and bytes a window step of the mid-size model cannot do without: its products over the chosen experts, and all
     weights, the cache and the logits once."""
     hf, window = midsize.HF, BEFORE + BLOCK + AFTER
@@ -251,7 +252,7 @@ def growth(repeats: int, note: Callable[[str], None]) -> Iterator[dict[str, Any]
     model = midsize.model()
 
     def measure(canvas: int, batch: int, block: int) -> tuple[float, float]:
-        prompt = [int(t) for t in np.random.default_rng(0).integers(0, 31000, canvas - 2 * block)]
+        prompt: list[int] = [int(t) for t in np.random.default_rng(0).integers(0, 31000, canvas - 2 * block)]
         paces = block, max(1, block // 32)  # a block at once, and in up to 32 forwards
         window, refresh = apart(
             *(decode(model, [prompt] * batch, n, gen_length=2 * block, block_length=block)[0] for n in paces)

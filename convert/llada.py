@@ -1,14 +1,33 @@
 """Where each tensor of a LLaDA checkpoint goes (GSAI-ML/LLaDA-8B, LLaDA-1.5): OLMo's names, whose `ff_out` is the head
 at the top and an MLP's second matrix in a block."""
 
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
 from djax.convert.rules import Rule
 
 
-def layouts(c: Any) -> dict[str, list[Rule]]:
+class Shape(Protocol):
+    """What the tables read of the family's Config."""
+
+    @property
+    def heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def groups(self) -> int: ...
+    @property
+    def vocab(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def mlp_width(self) -> int: ...
+
+
+def layouts(c: Shape) -> dict[str, list[Rule]]:
     """hf: as published."""
     queries, keys, per_group = c.heads * c.head_dim, c.groups * c.head_dim, c.heads // c.groups
     top = "model.transformer"

@@ -1,14 +1,41 @@
 """Where each tensor of a LLaDA2 checkpoint goes (inclusionAI/LLaDA2.0-mini, -flash, 2.1): queries, keys and values are one
 matrix, all queries first, and a head's features are put into the order in which djax rotates them."""
 
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
 from djax.convert.rules import Rule
 
 
-def layouts(c: Any) -> dict[str, list[Rule]]:
+class Shape(Protocol):
+    """What the tables read of the family's Config."""
+
+    @property
+    def heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def groups(self) -> int: ...
+    @property
+    def vocab(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def experts(self) -> int: ...
+    @property
+    def expert_width(self) -> int: ...
+    @property
+    def dense_layers(self) -> int: ...
+    @property
+    def dense_width(self) -> int: ...
+    @property
+    def rotated(self) -> int: ...
+
+
+def layouts(c: Shape) -> dict[str, list[Rule]]:
     """hf: as published."""
     rules = [
         Rule("model.word_embeddings.weight", (c.vocab, c.width), ("embedding",), transpose=False),
@@ -21,7 +48,7 @@ def layouts(c: Any) -> dict[str, list[Rule]]:
     return {"hf": rules}
 
 
-def _attention(c: Any, layer: str, hf: str) -> list[Rule]:
+def _attention(c: Shape, layer: str, hf: str) -> list[Rule]:
     queries, keys, per_group = c.heads * c.head_dim, c.groups * c.head_dim, c.heads // c.groups
     name, shape, qkv = f"{hf}.attention.query_key_value.weight", (queries + 2 * keys, c.width), (layer, "qkv")
     turned = tuple(order_rotated(c.head_dim, c.rotated))
@@ -38,7 +65,7 @@ def _attention(c: Any, layer: str, hf: str) -> list[Rule]:
     ]
 
 
-def _mlp(c: Any, layer: str, hf: str) -> list[Rule]:
+def _mlp(c: Shape, layer: str, hf: str) -> list[Rule]:
     return _gated(layer, hf, "mlp", c.width, c.dense_width)
 
 
@@ -50,7 +77,7 @@ def _gated(layer: str, hf: str, name: str, width: int, inner: int) -> list[Rule]
     ]
 
 
-def _experts(c: Any, layer: str, hf: str) -> list[Rule]:
+def _experts(c: Shape, layer: str, hf: str) -> list[Rule]:
     gate, up = slice(0, c.expert_width), slice(c.expert_width, 2 * c.expert_width)
     rules = [
         Rule(f"{hf}.gate.weight", (c.experts, c.width), (layer, "router")),

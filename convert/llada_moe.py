@@ -1,19 +1,40 @@
 """Where each tensor of a LLaDA-MoE checkpoint goes: HF's layout, and dInfer's with stacked experts."""
 
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
 from djax.convert.rules import Rule
 
 
-def layouts(c: Any) -> dict[str, list[Rule]]:
+class Shape(Protocol):
+    """What the tables read of the family's Config."""
+
+    @property
+    def heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def groups(self) -> int: ...
+    @property
+    def vocab(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def experts(self) -> int: ...
+    @property
+    def expert_width(self) -> int: ...
+
+
+def layouts(c: Shape) -> dict[str, list[Rule]]:
     """hf: as published, three matrices an expert. fused: dInfer's `tools/transfer`, w1 `[E, 2F, D]` (gate rows, then up
     rows) and w2 `[E, D, F]` a layer. The first is what an export writes."""
     return {"hf": _rest(c) + _experts(c), "fused": _rest(c) + _stacked_experts(c)}
 
 
-def _rest(c: Any) -> list[Rule]:
+def _rest(c: Shape) -> list[Rule]:
     queries, keys = c.heads * c.head_dim, c.groups * c.head_dim
     per_group = c.heads // c.groups
     rules = [
@@ -37,7 +58,7 @@ def _rest(c: Any) -> list[Rule]:
     return rules
 
 
-def _experts(c: Any) -> list[Rule]:
+def _experts(c: Shape) -> list[Rule]:
     gate, up = slice(0, c.expert_width), slice(c.expert_width, 2 * c.expert_width)
     rules = []
     for n in range(c.layers):
@@ -52,7 +73,7 @@ def _experts(c: Any) -> list[Rule]:
     return rules
 
 
-def _stacked_experts(c: Any) -> list[Rule]:
+def _stacked_experts(c: Shape) -> list[Rule]:
     rules = []
     for n in range(c.layers):
         hf = f"model.layers.{n}.mlp"

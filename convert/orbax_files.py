@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from flax import traverse_util
 
 from djax.storage.directories import uninterrupted
@@ -51,7 +52,7 @@ def describe(directory: Path) -> dict[tuple[str, ...], tuple[tuple[int, ...], np
     return {path: (tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in traverse_util.flatten_dict(tree).items()}
 
 
-def restore(directory: Path, tree: Any) -> Any:
+def restore(directory: Path, tree: object) -> Any:
     """The whole tree, each leaf of the shape and dtype and on the devices that `tree` (of `ShapeDtypeStruct`s) says."""
     from orbax.checkpoint.experimental import v1 as orbax
 
@@ -63,7 +64,7 @@ def restore(directory: Path, tree: Any) -> Any:
         return orbax.load(directory.resolve(), tree)
 
 
-def read(directory: Path, path: tuple[str, ...], shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def read(directory: Path, path: tuple[str, ...], shape: tuple[int, ...], dtype: npt.DTypeLike) -> np.ndarray:
     """One leaf, on the host."""
     from orbax.checkpoint.experimental import v1 as orbax
 

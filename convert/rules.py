@@ -12,6 +12,7 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from djax.errors import CheckpointError, list_problems
 
@@ -112,7 +113,8 @@ def check(found: Mapping[str, tuple[tuple[int, ...], str]], rules: list[Rule], l
         if dtype not in FLOATS:
             wrong.append(f"dtype: {name} is {dtype}, expected one of {', '.join(FLOATS)}")
     wrong += [f"unexpected: {name} {list(found[name][0])}" for name in found if name not in wanted]
-    filled, taken = Counter(), Counter()
+    filled: Counter[Path] = Counter()
+    taken: Counter[str] = Counter()
     for rule in rules:
         filled[rule.target] += math.prod(rule.part)
         taken[rule.source] += rule.part[0]
@@ -185,7 +187,7 @@ def _unwrap(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def load(parts: list[Rule], shape: tuple[int, ...], dtype: Any, read: Callable[[str], np.ndarray]) -> np.ndarray:
+def load(parts: list[Rule], shape: tuple[int, ...], dtype: npt.DTypeLike, read: Callable[[str], np.ndarray]) -> np.ndarray:
     """The parameter that these rules fill, one source tensor at a time."""
     if len(parts) == 1 and parts[0].is_copy:
         return read(parts[0].source).astype(dtype, copy=False)
@@ -201,11 +203,13 @@ def load(parts: list[Rule], shape: tuple[int, ...], dtype: Any, read: Callable[[
 def unload(rules: list[Rule], get: Callable[[Path], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
     """The inverse of `load`: yield each HF tensor in the parameters' dtype, in the order of the rules, in which those of one
     source stand together."""
-    last, leaf = None, None
+    last: Path | None = None
+    leaf: np.ndarray | None = None
     for source, group in groupby(rules, key=lambda rule: rule.source):
         parts = list(group)
         if parts[0].target != last:
             leaf = None  # or two would be in memory
             last, leaf = parts[0].target, get(parts[0].target)
+        assert leaf is not None, "a first target is another one than None"
         tensors = [rule.extract(leaf) for rule in parts]
         yield source, tensors.pop() if len(tensors) == 1 else np.concatenate(tensors)

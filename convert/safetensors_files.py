@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
@@ -69,7 +69,8 @@ class TensorFiles:
         try:
             listing = checkpoint_files.read_json(directory, INDEX)
             if listing is None and not checkpoint_files.is_there(directory, INDEX):
-                shards, total = {SINGLE: None}, None
+                shards: Mapping[str, set[str] | None] = {SINGLE: None}
+                total = None
             else:
                 shards, total = _shards(directory / INDEX, listing)
                 _check_no_other(directory, shards)
@@ -115,7 +116,7 @@ class TensorFiles:
         """A tensor's values, in an array of their own. Only of the types in `READ`."""
         place, (shape, dtype) = self._where[name], self.found[name]
         out = np.empty(math.prod(shape), READ[dtype])
-        view, at = memoryview(out.view(np.uint8)), place.start
+        view, at = out.view(np.uint8).data, place.start
         self._fetch_ahead(place)
         try:
             while len(view):
@@ -224,13 +225,13 @@ def _check_encodable(texts: Iterable[str]) -> None:
         text.encode()
 
 
-def _entry(name: str, entry: Any) -> tuple[tuple[int, ...], str, tuple[int, int]]:
+def _entry(name: str, entry: object) -> tuple[tuple[int, ...], str, tuple[int, int]]:
     """One tensor of a header, checked by itself."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor {name} is not described by dtype, shape and data_offsets")
     shape, dtype, offsets = entry["shape"], entry["dtype"], entry["data_offsets"]
 
-    def whole(numbers: Any) -> bool:
+    def whole(numbers: object) -> bool:
         return isinstance(numbers, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers)
 
     if not isinstance(dtype, str) or dtype not in _BITS:
@@ -267,7 +268,7 @@ def write(
     files = [f"model-{i:05}-of-{len(shards):05}.safetensors" if many else SINGLE for i in range(1, len(shards) + 1)]
     missing = dict(kinds)
     with contextlib.ExitStack() as stack:
-        places = {}
+        places: dict[str, tuple[IO[Any], int]] = {}
         for file, names in zip(files, shards, strict=True):
             out = stack.enter_context((directory / file).open("wb"))
             header, offsets = _written_header({name: kinds[name] for name in names})
@@ -275,9 +276,9 @@ def write(
             places |= {name: (out, len(header) + offset) for name, offset in offsets.items()}
         for name, tensor in tensors:
             assert (tensor.shape, tensor.dtype) == missing.pop(name)
-            out, at = places[name]
-            out.seek(at)
-            out.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
+            shard, at = places[name]
+            shard.seek(at)
+            shard.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
             del tensor  # or it would be held until the next one has come
     assert not missing
     if many:

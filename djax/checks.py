@@ -47,7 +47,7 @@ def describe(error: BaseException) -> str:
     return _cut(f"{type_name(error)}: {words}" if words else type_name(error))
 
 
-def show(value: Any) -> str:
+def show(value: object) -> str:
     """The value's repr, cut to a length that an error can hold. Values that cannot be printed are named by their type."""
     try:
         text = repr(value)
@@ -58,7 +58,7 @@ def show(value: Any) -> str:
     return _cut(text)
 
 
-def type_name(value: Any) -> str:
+def type_name(value: object) -> str:
     """The name of its type, whatever the type's metaclass says."""
     return type.__dict__["__name__"].__get__(type(value))
 
@@ -70,7 +70,7 @@ def _cut(text: str) -> str:
 
 
 def number(
-    plug: Any,
+    plug: object,
     field: str,
     *,
     above: float | None = None,
@@ -86,7 +86,7 @@ def number(
         object.__setattr__(plug, field, real_number(value, name, above=above, at_least=at_least, at_most=at_most))
 
 
-def integer(plug: Any, field: str, *, at_least: int, at_most: int = INT32_MAX, optional: bool = False) -> None:
+def integer(plug: object, field: str, *, at_least: int, at_most: int = INT32_MAX, optional: bool = False) -> None:
     """Check an integer field of a plug in its `__post_init__`, and store it as an int; None passes where it is optional."""
     value = getattr(plug, field)
     if not _is_traced(value) and not (optional and value is None):
@@ -94,19 +94,19 @@ def integer(plug: Any, field: str, *, at_least: int, at_most: int = INT32_MAX, o
         object.__setattr__(plug, field, whole_number(value, name, at_least=at_least, at_most=at_most))
 
 
-def flag(plug: Any, field: str) -> None:
+def flag(plug: object, field: str) -> None:
     """Check a true-or-false field of a plug in its `__post_init__`."""
     value = getattr(plug, field)
     if not _is_traced(value):
         object.__setattr__(plug, field, boolean(value, f"{type(plug).__name__}({field}=...)"))
 
 
-def one_of(plug: Any, field: str, words: tuple[str, ...]) -> None:
+def one_of(plug: object, field: str, words: tuple[str, ...]) -> None:
     """Check a static field of a plug that is one of a few words."""
     object.__setattr__(plug, field, word(getattr(plug, field), f"{type(plug).__name__}({field}=...)", words))
 
 
-def word(value: Any, name: str, words: Sequence[str], more: str = "") -> str:
+def word(value: object, name: str, words: Sequence[str], more: str = "") -> str:
     """`value` as one of a few words, or `OptionError`. more: what else is allowed, for the message."""
     plain = plain_text(value)
     if plain is None or plain not in words:
@@ -114,13 +114,13 @@ def word(value: Any, name: str, words: Sequence[str], more: str = "") -> str:
     return plain
 
 
-def plain_text(value: Any) -> str | None:
+def plain_text(value: object) -> str | None:
     """A string itself, not of a subclass, whose methods may be others; None for all else."""
     return str.__str__(value) if issubclass(type(value), str) else None
 
 
 def real_number(
-    value: Any, name: str, *, above: float | None = None, at_least: float | None = None, at_most: float | None = None
+    value: object, name: str, *, above: float | None = None, at_least: float | None = None, at_most: float | None = None
 ) -> float:
     """`value` as a float that is finite and within its bounds even when rounded to float32, or `OptionError`."""
     limits = (("above", above), ("at least", at_least), ("at most", at_most))
@@ -142,7 +142,7 @@ def real_number(
     return plain
 
 
-def whole_number(value: Any, name: str, *, at_least: int, at_most: int = INT32_MAX) -> int:
+def whole_number(value: object, name: str, *, at_least: int, at_most: int = INT32_MAX) -> int:
     """`value` as an int within its bounds, or `OptionError`: bools and floats are not whole numbers, however round."""
     expected = f"expected a whole number, at least {at_least} and at most {at_most}"
     with reading(f"{name}: {expected}"):
@@ -154,16 +154,17 @@ def whole_number(value: Any, name: str, *, at_least: int, at_most: int = INT32_M
     return plain
 
 
-def whole_numbers(value: Any, name: str, count: int, **bounds: int) -> list[int]:
+def whole_numbers(value: object, name: str, count: int, **bounds: int) -> list[int]:
     """One whole number for each of `count` prompts, from a sequence or array of them or from one for all, or `OptionError`."""
     with reading(name):
+        values: Any = value
         if is_array(value):
             array = plain_array(value, name)
             if array.ndim > 1:
                 raise OptionError(f"{name}: expected one whole number, or one a prompt, got an array of shape {array.shape}")
             several, values = array.ndim == 1, array
         else:
-            several, values = isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview), value
+            several = isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
         if several:
             if len(values) != count:
                 raise OptionError(
@@ -175,7 +176,7 @@ def whole_numbers(value: Any, name: str, count: int, **bounds: int) -> list[int]
     return [whole_number(one, name, **bounds) for one in values]
 
 
-def boolean(value: Any, name: str) -> bool:
+def boolean(value: object, name: str) -> bool:
     """`value` as a bool, or `OptionError`: numbers are not true or false."""
     with reading(f"{name}: expected True or False"):
         plain = scalar(value)
@@ -184,12 +185,12 @@ def boolean(value: Any, name: str) -> bool:
     return plain
 
 
-def path(value: Any, name: str) -> Path:
+def path(value: object, name: str) -> Path:
     """`value` as a path, with a leading ~ expanded, or `OptionError`."""
     return Path(path_text(value, name)).expanduser()
 
 
-def path_text(value: Any, name: str, kind: type[DjaxError] = OptionError) -> str:
+def path_text(value: object, name: str, kind: type[DjaxError] = OptionError) -> str:
     """`value` as the text of a path, there or not; `OptionError` for what is no path, `kind` for one that cannot be."""
     with reading(name):
         if not isinstance(value, str | os.PathLike):
@@ -209,7 +210,7 @@ def path_text(value: Any, name: str, kind: type[DjaxError] = OptionError) -> str
     return plain
 
 
-def plug(value: Any, name: str, contract: type | tuple[str, ...], there_are: str) -> None:
+def plug(value: object, name: str, contract: type | tuple[str, ...], there_are: str) -> None:
     """Check that `value` keeps its contract, a base class to extend or methods to have, and is a pytree."""
     with reading(name):
         if isinstance(contract, type):
@@ -224,12 +225,12 @@ def plug(value: Any, name: str, contract: type | tuple[str, ...], there_are: str
         raise OptionError(f"{name}: {type_name(value)} is no pytree; decorate the class with djax.pytree")
 
 
-def is_array(value: Any) -> bool:
+def is_array(value: object) -> bool:
     """Whether it is an array of numpy, jax or torch, or presents itself as one. Its own code may run (`reading`)."""
     return not isinstance(value, type) and hasattr(value, "__array__")
 
 
-def plain_array(value: Any, name: str, kind: type[DjaxError] = OptionError) -> np.ndarray:
+def plain_array(value: object, name: str, kind: type[DjaxError] = OptionError) -> np.ndarray:
     """An array of anybody's as numpy's own, of bools, integers or floats. Raises `kind` for what is hidden or is none of these.
 
     numpy counts timedeltas among the integers, and forgets the mask of a masked array.
@@ -263,7 +264,7 @@ def scalar(value: Any) -> Any:
         return None
 
 
-def integral(value: Any) -> int | None:
+def integral(value: object) -> int | None:
     """A plain whole number as an int itself, not of a subclass; None for bools and all else."""
     if type(value) is bool or not isinstance(value, numbers.Integral):
         return None
@@ -271,6 +272,6 @@ def integral(value: Any) -> int | None:
     return int.__index__(value) if isinstance(value, int) else int(value)
 
 
-def _is_traced(value: Any) -> bool:
+def _is_traced(value: object) -> bool:
     """Whether jax is tracing a function that makes this plug: then its numbers have no values yet."""
     return issubclass(type(value), jax.core.Tracer)

@@ -85,7 +85,9 @@ def _read(text: str, name: str, kind: _Kind, load: Callable[[str, str], types.Mo
     if (_CALL.match(path) and not Path(path).is_file()) or _FILE.fullmatch(call):
         inner = re.split(r"[\s(,=]", path)[-1]
         how = f"{inner}:{text.replace(f'{inner}:', '')}"
-        how = "one file" if _FILE.fullmatch(how).group(2).count(".py:") else how
+        moved = _FILE.fullmatch(how)
+        assert moved is not None, "it starts with a file"
+        how = "one file" if moved.group(2).count(".py:") else how
         got = show(text)
         raise OptionError(f"{name}: a file goes in front of the whole; expected {how}, got {got}")
     module = load(path, name)

@@ -58,7 +58,7 @@ def _build(node: ast.expr, registry: Mapping[str, type], name: str) -> Any:
     ):
         raise OptionError(f"{name}: {ast.unparse(node)} does not fit {_spell(kind)}")
     positional = [_value(a, registry, name) for a in call.args]
-    named = {k.arg: _value(k.value, registry, name) for k in call.keywords}
+    named = {k.arg: _value(k.value, registry, name) for k in call.keywords if k.arg is not None}
     try:
         return kind(*positional, **named)
     except DjaxError:

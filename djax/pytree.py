@@ -1,6 +1,7 @@
 """How a plug becomes something that jax traces."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import jax
@@ -28,26 +29,27 @@ def pytree(cls: T) -> T:
         given = issubclass(type(cls), type) and dataclasses.is_dataclass(cls)
     if not given:
         raise OptionError(f"pytree: expected a dataclass, got {show(cls)}; write @djax.pytree above @dataclasses.dataclass")
-    leaves, static = [], []
+    leaves: list[str] = []
+    static: list[str] = []
     for field in dataclasses.fields(cls):
         (static if field.metadata.get("static") else leaves).append(field.name)
 
-    def flatten(plug: Any) -> tuple[tuple, tuple]:
+    def flatten(plug: object) -> tuple[tuple, tuple]:
         return tuple(getattr(plug, n) for n in leaves), tuple(getattr(plug, n) for n in static)
 
-    def flatten_with_keys(plug: Any) -> tuple[tuple, tuple]:
+    def flatten_with_keys(plug: object) -> tuple[tuple, tuple]:
         values, rest = flatten(plug)
         return tuple(zip(map(jax.tree_util.GetAttrKey, leaves), values, strict=True)), rest
 
-    def unflatten(rest: tuple, values: tuple) -> Any:
+    def unflatten(rest: tuple, values: Iterable[Any]) -> Any:
         # Not by the constructor: jax puts tracers, shapes and shardings into the fields, which its checks would refuse.
-        plug = object.__new__(cls)
+        plug: object = object.__new__(cls)
         for name, value in (*zip(leaves, values, strict=True), *zip(static, rest, strict=True)):
             object.__setattr__(plug, name, value)
         return plug
 
     if any(field.metadata.get("later") for field in dataclasses.fields(cls)):
-        cls.__repr__ = _print
+        type.__setattr__(cls, "__repr__", _print)
     try:
         jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     except ValueError as error:
@@ -60,7 +62,7 @@ def _print(plug: Any) -> str:
     return f"{type(plug).__name__}({', '.join(f'{name}={getattr(plug, name)!r}' for name in shown)})"
 
 
-def classes(tree: Any) -> tuple:
+def classes(tree: object) -> tuple:
     """The classes in a plug and in the plugs it holds: static to a program, so that plugs of a user's own, however they
     were registered, are never taken for one another."""
     if not dataclasses.is_dataclass(tree):

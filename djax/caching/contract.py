@@ -56,7 +56,7 @@ class Policy:
         raise NotImplementedError
 
 
-def on_entry(tick: Tick, cached_block: jax.Array, every: jax.Array | None) -> jax.Array:
+def on_entry(tick: Tick, cached_block: jax.Array, every: jax.Array | int | None) -> jax.Array:
     """Bool: the row has just entered a block or, with `every`, its turn is a multiple of it."""
     refresh = cached_block != tick.block
     return refresh if every is None else refresh | (tick.iteration % every == 0)

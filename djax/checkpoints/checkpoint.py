@@ -4,7 +4,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from djax.checks import boolean
 from djax.convert import orbax_files, rules, safetensors_files
 from djax.errors import CheckpointError, OptionError, PathError, shorten
 from djax.models import quantized
+from djax.models.contract import Config, DType, Params
 from djax.models.family import Family
 from djax.models.hf import list_settings
 from djax.models.model import Model, known_model
@@ -135,7 +136,7 @@ def inspect(path: str | os.PathLike | None = None, *, verify: bool = False) -> d
         return facts | list_settings(source.config)
 
 
-def _places(family: Family, config: Any, mesh: Mesh | None, quantize: str | None = None) -> dict[tuple, Sharding]:
+def _places(family: Family, config: Config, mesh: Mesh | None, quantize: str | None = None) -> dict[tuple, Sharding]:
     """Where each parameter goes."""
     boxed = family.abstract(config, jnp.float32)
     axes = {path: tuple(spec) for path, spec in traverse_util.flatten_dict(nn.get_partition_spec(boxed)).items()}
@@ -147,7 +148,7 @@ def _places(family: Family, config: Any, mesh: Mesh | None, quantize: str | None
     return sharding.place(sharding.check(mesh), axes, {path: a.shape for path, a in leaves.items()})
 
 
-def abstract(family: Family, config: Any, dtype: Any, mesh: Mesh | None, quantize: str | None = None) -> Any:
+def abstract(family: Family, config: Config, dtype: DType, mesh: Mesh | None, quantize: str | None = None) -> Params:
     """The parameters' tree without values, each leaf a `ShapeDtypeStruct` that knows where it goes."""
     places = _places(family, config, mesh, quantize)
     leaves = shapes(family, config, dtype)
@@ -156,7 +157,7 @@ def abstract(family: Family, config: Any, dtype: Any, mesh: Mesh | None, quantiz
     return traverse_util.unflatten_dict(flat)
 
 
-def hf_names(family: Family, config: Any) -> list[str]:
+def hf_names(family: Family, config: Config) -> list[str]:
     """The tensors an export writes."""
     return list(dict.fromkeys(rule.source for rule in written(family, config)))
 
@@ -180,17 +181,19 @@ def save(model: Model, directory: str | os.PathLike) -> None:
         write_manifest(partial, model.family, model.config, model.dtype, model.stored, parameters=sums)
 
 
-def write_manifest(directory: Path, family: Family, config: Any, dtype: Any, stored: dict[str, str], **more: Any) -> None:
+def write_manifest(
+    directory: Path, family: Family, config: Config, dtype: DType, stored: Mapping[str, str], **more: Any
+) -> None:
     """What `source.read_manifest` reads, and what a person may want to know of where the parameters came from."""
     facts = {"family": family.name, "config": list_settings(config), "dtype": str(np.dtype(dtype))}
     facts |= {"djax": __version__, **more, "stored": dict(stored)}
     (directory / MANIFEST).write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
 
 
-def _read(source: Source, mesh: Mesh | None, quantize: str | None) -> Any:
+def _read(source: Source, mesh: Mesh | None, quantize: str | None) -> Params:
     """Parameter by parameter, each as it will be held before it goes to its devices."""
     places = _places(source.family, source.config, mesh, quantize)
-    flat = {}
+    flat: dict[rules.Path, jax.Array] = {}
     for path in source.order:
         leaf = source.get(path)
         parts = ((path, leaf),) if quantize is None else quantized.quantize(path, leaf)
@@ -198,7 +201,7 @@ def _read(source: Source, mesh: Mesh | None, quantize: str | None) -> Any:
     return traverse_util.unflatten_dict(flat)
 
 
-def _restore(source: Source, mesh: Mesh | None) -> Any:
+def _restore(source: Source, mesh: Mesh | None) -> Params:
     places = _places(source.family, source.config, mesh)
     saved = {path: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=places[path]) for path, a in source.saved.items()}
     try:

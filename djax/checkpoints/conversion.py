@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -92,8 +93,9 @@ def convert(
                 if examiner.digests() != digests:
                     raise CheckpointError(f"{read.directory}: the source changed while it was read")
             if to == "orbax":
-                more = {"source": str(read.directory), "command": shlex.join(["djax", *sys.argv[1:]])}
-                more |= {"parameters": sums, "sha256": digests or read.sha256}
+                more: dict[str, Any] = {"parameters": sums, "sha256": digests or read.sha256}
+                command = shlex.join(["djax", *sys.argv[1:]])
+                more = {"source": str(read.directory), "command": command} | more
                 write_manifest(partial, read.family, read.config, read.dtype, read.stored, **more)
     return Report(
         family=read.family.name,

@@ -23,11 +23,13 @@ from djax.convert import orbax_files, rules
 from djax.convert.safetensors_files import INDEX, READ, SINGLE, TensorFiles
 from djax.errors import CheckpointError, OptionError, PathError, UnsupportedModelError, list_problems, shorten
 from djax.models import FAMILIES
+from djax.models.contract import Config, DType, ExpertConfig
 from djax.models.family import Family
 from djax.runtime.sharding import find_devices
 from djax.storage.checkpoint_files import check_tree, is_there, read_object
 from djax.storage.consistency import check_dtypes, check_generation_config, check_manifest
 from djax.storage.files import expand_home
+from djax.text.contract import Tokenizer
 
 SHIPPED = Path(__file__).parents[1] / "small"
 # Others that ship, by name.
@@ -133,7 +135,7 @@ class Source:
                     f"{file}: holds the SHA-256 sums of HF's tensors alone, and {rule.source} was narrowed when it was "
                     "converted, so nothing can be verified; convert it again"
                 )
-        self._parts = defaultdict(list)
+        self._parts: dict[rules.Path, list[rules.Rule]] = defaultdict(list)
         for rule in tables[0]:
             self._parts[rule.target].append(rule)
 
@@ -159,7 +161,10 @@ class Source:
                 f"{self.directory}: config.json says {self.config.layers} layers, there are {len(files.found)} tensors"
             )
         # An expert has tensors of its own, or a row of one.
-        experts = self.config.experts if self.family.has_experts else 1
+        experts = 1
+        if self.family.has_experts:
+            assert isinstance(self.config, ExpertConfig), "has_experts"
+            experts = self.config.experts
         if experts > max([len(files.found), *(shape[0] for shape, _ in files.found.values() if shape)]):
             raise CheckpointError(f"{self.directory}: config.json says {experts} experts, the tensors have fewer")
         table = match(self.family, self.config, files)
@@ -167,7 +172,7 @@ class Source:
             f"HF, {len({rule.source for rule in table})} tensors, stored as {', '.join(sorted(set(self.stored.values())))}"
         )
         self.dtype = parameter_dtype(self.hf_config, self.stored, self._wish)
-        self._parts: dict[rules.Path, list[rules.Rule]] = defaultdict(list)
+        self._parts = defaultdict(list)
         for rule in table:
             self._parts[rule.target].append(rule)
         self.order = list(self._parts)
@@ -192,6 +197,7 @@ class Source:
         return rules.load(self._parts[path], leaf.shape, leaf.dtype, self._read)
 
     def _read(self, name: str) -> np.ndarray:
+        assert self._files is not None, "only HF's layout is read by rules"
         tensor = self._files.read(name)
         if self._examine is not None:
             self._examine(name, tensor)
@@ -217,7 +223,7 @@ def _narrow_exactly(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 def sum_bytes(array: np.ndarray) -> str:
     """SHA-256 of an array's values, in hexadecimal."""
-    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
 
 
 @contextmanager
@@ -263,9 +269,9 @@ def _fetch(name: str) -> Path:
     if constants.HF_HUB_CACHE.startswith("~"):  # it would become a directory of that name here
         raise PathError(f"{name}: no such directory, and no home directory for the hub's cache; set HF_HOME to a directory")
     # At the top only: repositories keep the same weights for other programs in folders.
-    wanted = dict(allow_patterns=["*.json", "*.safetensors", "*.jinja"], ignore_patterns=["*/*"])
+    wanted = ["*.json", "*.safetensors", "*.jinja"]
     try:
-        return Path(snapshot_download(name, **wanted))
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except Exception as error:  # the client and what it is built on raise many kinds
         no = f"{name}: there is no such directory, and as a model of the Hugging Face hub it cannot be had"
         raise PathError(f"{no}: {_why_not(name, error)}") from error
@@ -333,7 +339,7 @@ Named = dict[str, dict[str, tuple[int, ...]]]
 
 
 def _special_ids(
-    hf: dict, generation: dict, tokenizer: Any, family: Family, directory: Path
+    hf: dict, generation: dict, tokenizer: Tokenizer | None, family: Family, directory: Path
 ) -> tuple[int, tuple[int, ...], Named]:
     """The mask's id; the ids that end an answer; and every id that the checkpoint names: role -> file -> ids.
 
@@ -373,7 +379,7 @@ def _special_ids(
     return mask[0], eos, named
 
 
-def _read_ids(value: Any, where: str, many: bool) -> tuple[int, ...]:
+def _read_ids(value: object, where: str, many: bool) -> tuple[int, ...]:
     """One id, or where there may be many a list of them."""
     ids = value if many and isinstance(value, list) else [value]
     expected = "one integer or a list of them" if many else "one integer"
@@ -389,7 +395,10 @@ def _read_ids(value: Any, where: str, many: bool) -> tuple[int, ...]:
 def _check_ids(mask_id: int, eos_ids: tuple[int, ...], named: Named, vocab: int, directory: Path) -> None:
     """Every id lies in the vocabulary, and the mask's is no other's: a position that holds it waits for a token, so a token
     with its id could never be proposed. Other roles often share an id. Raises `CheckpointError`."""
-    used = {"mask": [(mask_id, None)], "eos": [(one, None) for one in eos_ids]}
+    used: dict[str, list[tuple[int, str | None]]] = {
+        "mask": [(mask_id, None)],
+        "eos": [(one, None) for one in eos_ids],
+    }
     for role in ("eos", *_OTHER_ROLES):
         used.setdefault(role, []).extend((one, file) for file, ids in named[role].items() for one in ids)
     for role, ids in used.items():
@@ -410,7 +419,7 @@ def _announce(name: str, value: int, directory: Path) -> int:
     return value
 
 
-def shapes(family: Family, config: Any, dtype: Any) -> dict[rules.Path, jax.ShapeDtypeStruct]:
+def shapes(family: Family, config: Config, dtype: DType) -> dict[rules.Path, jax.ShapeDtypeStruct]:
     """Each parameter's shape and dtype in a model of this dtype."""
     return traverse_util.flatten_dict(nn.meta.unbox(family.abstract(config, dtype)))
 
@@ -425,7 +434,7 @@ def parameter_dtype(hf: dict, stored: dict[str, str], wish: str | None) -> Any:
     return DTYPES.get(declared, jnp.float32)
 
 
-def match(family: Family, config: Any, files: TensorFiles) -> list[rules.Rule]:
+def match(family: Family, config: Config, files: TensorFiles) -> list[rules.Rule]:
     """The rule table of the layout the files are in, checked strictly."""
 
     def count_known(table: list[rules.Rule]) -> int:
@@ -438,13 +447,13 @@ def match(family: Family, config: Any, files: TensorFiles) -> list[rules.Rule]:
     return table
 
 
-def written(family: Family, config: Any) -> list[rules.Rule]:
+def written(family: Family, config: Config) -> list[rules.Rule]:
     """What an export writes: the rules that share a parameter together, so that each parameter is fetched once."""
     return sorted(family.layouts(config)["hf"], key=lambda rule: rule.target)
 
 
 def kinds(
-    family: Family, config: Any, stored: dict[str, str], have: Any, wish: str | None
+    family: Family, config: Config, stored: Mapping[str, str], have: DType, wish: str | None
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shape and dtype of each tensor of an export: the dtype that is wished, else the one it is known to have had, but never
     wider than its parameter in a model of dtype `have`."""
@@ -474,7 +483,7 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     if manifest is None:
         return None
 
-    def names(key: str, default: Any = None) -> bool:
+    def names(key: str, default: object = None) -> bool:
         value = manifest.get(key, default)
         return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 

@@ -7,6 +7,7 @@ imported inside `run`.
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import tyro
 from rich.console import Console
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(arguments: list[str] | None, interrupted: Callable[[], bool]) -> int:
     """Run a command and say how it ended: its exit code."""
     console = Console(stderr=True)
-    commands = {
+    commands: dict[str, Callable[..., Any]] = {
         "generate": Generate,
         "explain": Explain,
         "compile": CompileAhead,

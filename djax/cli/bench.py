@@ -190,8 +190,16 @@ class Distillation:
         from djax.benchmarks import distill
 
         model, problems = _load_model_and_problems(None, self.problems)
-        places = dict(work=self.work, out=self.out, readme=self.readme)
-        say(distill.run(**places, model=model, problems=len(problems), console=console, note=make_note(console)))
+        table = distill.run(
+            self.work,
+            self.out,
+            self.readme,
+            model=model,
+            problems=len(problems),
+            console=console,
+            note=make_note(console),
+        )
+        say(table)
 
 
 Benchmark = (

@@ -51,7 +51,8 @@ class CompileAhead:
             from djax.runtime.compilation import enable_cache
 
             enable_cache()
-            if self.export is None and not jax.config.jax_compilation_cache_dir:
+            kept = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009  (its stubs lack it)
+            if self.export is None and not kept:
                 raise OptionError("djax compile: the compile cache is off, nothing would be kept; unset DJAX_COMPILE_CACHE")
             model = djax.load(self.model, dtype=self.dtype, quantize=self.quantize)
         if self.export is not None:

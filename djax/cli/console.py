@@ -3,14 +3,13 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
 
 from djax.errors import OptionError
 
 
-def say(text: Any, end: str = "\n") -> None:
+def say(text: object, end: str = "\n") -> None:
     """Print, so that whoever reads the output has it at once, and a disk that is full is one sentence."""
     try:
         print(text, end=end, flush=True)

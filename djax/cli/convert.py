@@ -42,8 +42,15 @@ class Convert:
                     tasks[what] = shown.add_task(what, total=total)
                 shown.update(tasks[what], completed=done)
 
-            options = dict(to=self.to, dtype=self.dtype, verify=self.verify, not_finite=self.not_finite)
-            report = convert(self.source, self.out, **options, progress=progress)
+            report = convert(
+                self.source,
+                self.out,
+                to=self.to,
+                dtype=self.dtype,
+                verify=self.verify,
+                not_finite=self.not_finite,
+                progress=progress,
+            )
         warn_of(list(report.spoiled), Path(self.source))
         if report.rounding is not None:
             say(f"largest rounding error: {report.rounding[0]:.3g}, in {report.rounding[1]}")

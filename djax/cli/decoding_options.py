@@ -47,13 +47,13 @@ def _make_flag(option: str) -> tuple[str, Any, Any]:
     return option, kind, dataclasses.field(default=spell(option, FIELDS[option].default))
 
 
+_preset = "preset", Annotated[str | None, arg(help=PRESET)], None
+# Any: type checkers know no class that is made while the program runs.
+_Fields: Any = dataclasses.make_dataclass("Fields", [_preset, *(_make_flag(n) for n in FIELDS if n not in APART)])
+
+
 @dataclasses.dataclass
-class Decoding(
-    dataclasses.make_dataclass(
-        "Fields",
-        [("preset", Annotated[str | None, arg(help=PRESET)], None), *(_make_flag(n) for n in FIELDS if n not in APART)],
-    )
-):
+class Decoding(_Fields):
     """How an answer is decoded; the same names and defaults as `djax.generate`."""
 
     @classmethod

@@ -98,25 +98,41 @@ class Distill:
         count = whole_number(500 if self.eval_problems is None else self.eval_problems, "--eval-problems", at_least=1)
         # By the first ones the best is chosen; what it is worth the others say.
         rest = None if held_out is None else held_out[run.validation :][:count]
-        if self.eval and rest is not None and not rest:
+        if self.eval and held_out is not None and not rest:
             raise OptionError(
                 f"--held-out: expected more than {run.validation} problems with --eval: by so many the best is chosen, got "
                 f"{len(held_out)}; --validation changes it"
             )
         mesh = None if self.devices == self.data == 1 else djax.mesh(model=self.devices, data=self.data)
         model = djax.load(self.model, dtype=self.dtype, mesh=mesh)
-        options = dict(problems=problems, held_out=held_out, verifier=self.verifier, traces=self.traces, console=console)
         if self.eval and (self.out / "model").exists():
             make_note(console)(f"{self.out / 'model'}: this run is finished, so nothing is trained, only measured")
             trained = djax.load(self.out / "model", dtype=str(model.dtype), mesh=mesh)
         else:
-            trained = distil(model, run, self.out, note=make_note(console), **options)
+            trained = distil(
+                model,
+                run,
+                self.out,
+                problems=problems,
+                held_out=held_out,
+                verifier=self.verifier,
+                traces=self.traces,
+                console=console,
+                note=make_note(console),
+            )
         if self.eval:
             from djax.benchmarks import distill as benchmark
 
-            options = dict(problems=rest, count=count)
-            options |= dict(verifier=self.verifier, gen_length=run.decoding.gen_length, note=make_note(console))
-            say(benchmark.compare({"before": model, "after": trained}, self.out, **options))
+            compared = benchmark.compare(
+                {"before": model, "after": trained},
+                self.out,
+                problems=rest,
+                count=count,
+                verifier=self.verifier,
+                gen_length=run.decoding.gen_length,
+                note=make_note(console),
+            )
+            say(compared)
         say(self.out / "model")
 
     def _run(self) -> Any:
@@ -136,7 +152,7 @@ class Distill:
             recipe["muon"] = self.muon or None
         if self.remat:
             recipe["remat"] = True
-        more = {"problems": self.problems, "samples": self.samples, "validation": self.validation}
+        more: dict[str, Any] = {"problems": self.problems, "samples": self.samples, "validation": self.validation}
         if self.decoding is not None:
             more["decoding"] = Settings.read(self.decoding, "--decoding")
         if self.recordings is not None:

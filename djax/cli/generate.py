@@ -13,7 +13,7 @@ from djax.cli.arguments import Checkpoint
 from djax.cli.console import say, show_working
 from djax.cli.decoding_options import DecodingOptions, describe_flag, get_start
 from djax.cli.questions import read_questions
-from djax.engine.options import FIELDS
+from djax.engine.options import Options
 
 
 @dataclasses.dataclass
@@ -43,7 +43,7 @@ class Generate:
     devices: int = 1
     """Split the model over this many devices."""
     decoding: DecodingOptions = dataclasses.field(default_factory=get_start)
-    max_batch: Annotated[int | None, arg(help=describe_flag("max_batch"))] = FIELDS["max_batch"].default
+    max_batch: Annotated[int | None, arg(help=describe_flag("max_batch"))] = Options.max_batch
     show: bool = False
     """Replay the decode in the terminal, each token coloured by the forward that accepted it."""
     html: Annotated[Path | None, arg(metavar="FILE")] = None
@@ -81,7 +81,7 @@ class Generate:
         if self.json:
             say("\n".join(json.dumps(entry) for entry in list_entries(questions, answers, self.decoding.seed)))
         else:
-            say("\n\n".join(answer.text for answer in answers), end="\n\n")
+            say("\n\n".join(answer.text or "" for answer in answers), end="\n\n")
             say(summarize(answers))
         if self.html is not None:
             page.write(self.html, replays, [page.facts(q, a, options) for q, a in zip(texts, answers, strict=True)])

@@ -19,6 +19,7 @@ def read_questions(question: str | None, file: Path | None, *, lines: bool) -> l
     elif lines:
         raise OptionError("--lines goes with --file or '-', not with a question on the command line")
     else:
+        assert question is not None, "one of the two is given"
         text = read_argument(question)
     if not lines:
         questions = [(0, text.strip())]

@@ -2,12 +2,14 @@
 
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from djax.errors import OptionError
 
+T = TypeVar("T")
 
-def find_config(name: str, kind: type) -> Any:
+
+def find_config(name: str, kind: type[T]) -> T:
     """RUN of a file of configs/, which must be of this kind."""
     from djax import configs
 

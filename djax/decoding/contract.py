@@ -17,7 +17,7 @@ mask is left; the state keeps structure, shape and dtype.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,9 @@ import jax.numpy as jnp
 from djax.checks import MOST_NESTED, plug, reading, show
 from djax.errors import OptionError
 from djax.kernels.vocabulary import find_best, find_peaks, find_two_best
+
+# A decoder's memory of a row: any pytree of arrays, () for none.
+State = TypeVar("State")
 
 
 class Tick(NamedTuple):
@@ -112,8 +115,10 @@ class Verdict(NamedTuple):
     advance: jax.Array | None = None
 
 
-class Decoder:
+class Decoder(Generic[State]):
     """Base of all decoders, with what a decoder need not say.
+
+    State: the type of what `init` returns and `step` hands on.
 
     draws:      static, whether it needs a key at temperature 0, too.
     edits:      static, whether it also replaces tokens that it wrote.
@@ -122,19 +127,41 @@ class Decoder:
     advances:   static, whether its verdicts move the block on before it is done.
     """
 
-    draws: bool = False
-    edits: bool = False
-    post_steps: int = 0
-    drafts: int = 0
-    advances: bool = False
+    if TYPE_CHECKING:
+        # Read alone: a decoder says them by an attribute of its class, a field or a property.
+        @property
+        def draws(self) -> bool: ...
+        @property
+        def edits(self) -> bool: ...
+        @property
+        def post_steps(self) -> int: ...
+        @property
+        def drafts(self) -> int: ...
+        @property
+        def advances(self) -> bool: ...
 
-    def init(self, block: int, vocab: int) -> Any:
-        """The state before a row's first forward."""
+    else:
+        draws: bool = False
+        edits: bool = False
+        post_steps: int = 0
+        drafts: int = 0
+        advances: bool = False
+
+    def init(self, block: int, vocab: int) -> State:
+        """The state before a row's first forward. Decoders with more than () have their own."""
         del block, vocab
-        return ()
+        nothing: Any = ()
+        return nothing
 
-    def step(self, state: Any, look: Look) -> tuple[Any, Verdict]:
+    def step(self, state: State, look: Look) -> tuple[State, Verdict]:
         raise NotImplementedError
+
+
+class Holder(Protocol):
+    """A decoder that holds another one."""
+
+    @property
+    def inner(self) -> Decoder[Any]: ...
 
 
 def write(look: Look, tokens: jax.Array, accept: jax.Array) -> Verdict:
@@ -149,7 +176,7 @@ def write(look: Look, tokens: jax.Array, accept: jax.Array) -> Verdict:
     )
 
 
-def check_inner(decoder: Any) -> None:
+def check_inner(decoder: Holder) -> None:
     """Check, in its `__post_init__`, the decoder that a decoder holds: one that edits is not held, since what holds it would
     have to know which of its writes replace."""
     name = f"{type(decoder).__name__}(inner=...)"

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from djax.checks import number
@@ -13,7 +14,7 @@ from djax.pytree import pytree
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class Credit(Decoder):
+class Credit(Decoder[tuple[jax.Array, Any]]):
     """Add credit to the logits of tokens that were top before, then let `inner` decide (arXiv 2510.06133; dInfer).
 
     At each decode call of a block the credit C `[S, V]` decays, C *= beta; each masked position's raw top token gains
@@ -21,7 +22,7 @@ class Credit(Decoder):
     this is `inner`. alpha and gamma at least 0, beta from 0 (no memory) to 1 (no decay).
     """
 
-    inner: Decoder = dataclasses.field(default_factory=Threshold)
+    inner: Decoder[Any] = dataclasses.field(default_factory=Threshold)
     alpha: float = 0.7
     gamma: float = 0.2
     beta: float = 0.8
@@ -33,13 +34,13 @@ class Credit(Decoder):
         number(self, "beta", at_least=0.0, at_most=1.0)
 
     @property
-    def draws(self) -> bool:  # type: ignore[override]
+    def draws(self) -> bool:
         return self.inner.draws
 
-    def init(self, block: int, vocab: int) -> tuple:
+    def init(self, block: int, vocab: int) -> tuple[jax.Array, Any]:
         return jnp.zeros((block, vocab), jnp.float32), self.inner.init(block, vocab)
 
-    def step(self, state: Any, look: Look) -> tuple[Any, Verdict]:
+    def step(self, state: tuple[jax.Array, Any], look: Look) -> tuple[tuple[jax.Array, Any], Verdict]:
         credit, inner_state = state
         top, p = best_and_probability(look.logits)
         gain = jnp.where(look.masked, p**self.gamma, 0.0)

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 
 from djax.checks import integer, number
@@ -13,7 +14,7 @@ from djax.pytree import pytree
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class Edit(Decoder):
+class Edit(Decoder[tuple[jax.Array, Any]]):
     """Let `inner` accept, and replace each accepted token of the block where another is likeliest, with p > tau (LLaDA2.1,
     arXiv 2602.08676).
 
@@ -25,7 +26,7 @@ class Edit(Decoder):
     one forward a block, and the tokens are inner's where nothing counts forwards: no smoothing, no warm-up, no `every`.
     """
 
-    inner: Decoder = dataclasses.field(default_factory=lambda: Threshold(0.95))
+    inner: Decoder[Any] = dataclasses.field(default_factory=lambda: Threshold(0.95))
     tau: float = 0.9
     post_steps: int = dataclasses.field(default=16, metadata={"static": True})
     edits: ClassVar[bool] = True
@@ -36,14 +37,14 @@ class Edit(Decoder):
         integer(self, "post_steps", at_least=0, at_most=1024)
 
     @property
-    def draws(self) -> bool:  # type: ignore[override]
+    def draws(self) -> bool:
         return self.inner.draws
 
-    def init(self, block: int, vocab: int) -> Any:
+    def init(self, block: int, vocab: int) -> tuple[jax.Array, Any]:
         """How many forwards of the block began without a mask, and inner's state."""
         return jnp.int32(0), self.inner.init(block, vocab)
 
-    def step(self, state: Any, look: Look) -> tuple[Any, Verdict]:
+    def step(self, state: tuple[jax.Array, Any], look: Look) -> tuple[tuple[jax.Array, Any], Verdict]:
         """The likeliest token of each position replaces what stands there. Where that is the mask id, or where the logits are
         not finite, nothing changes. Like every comparing decoder it does not go below smoothing's ramp."""
         post, inner_state = state

@@ -1,7 +1,6 @@
 """Accept a fixed number of tokens at every forward, or a block's masks in a fixed number of forwards."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from djax.pytree import pytree
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class Fixed(Decoder):
+class Fixed(Decoder[jax.Array | tuple[()]]):
     """Accept the `per_step` surest candidates, or spread each block's masks over `steps` forwards (LLaDA, arXiv 2502.09992).
 
     per_step: candidates a forward; 1 if neither is given. Fewer are accepted where a row has fewer candidates.
@@ -38,24 +37,27 @@ class Fixed(Decoder):
             raise OptionError(f"Fixed(per_step=..., steps=...): expected one of the two, got {self.per_step} and {self.steps}")
 
     @property
-    def draws(self) -> bool:  # type: ignore[override]
+    def draws(self) -> bool:
         return self.order == "random"
 
-    def init(self, block: int, vocab: int) -> Any:
+    def init(self, block: int, vocab: int) -> jax.Array | tuple[()]:
         """The masks the block began with, where they set the pace."""
         del block, vocab
         return () if self.steps is None else jnp.int32(0)
 
-    def step(self, state: Any, look: Look) -> tuple[Any, Verdict]:
+    def step(self, state: jax.Array | tuple[()], look: Look) -> tuple[jax.Array | tuple[()], Verdict]:
         tokens, confidence, candidate = candidates(look)
         if self.order == "random":
             # Folded in, so that the order says nothing about the noise that chose the tokens.
+            assert look.key is not None, "what draws gets a key"
             confidence = jax.random.uniform(jax.random.fold_in(look.key, 1), look.tokens.shape)
         elif self.order == "left":
             confidence = -look.at.astype(jnp.float32)
         if self.steps is None:
-            count = self.per_step
+            assert self.per_step is not None, "one of the two is given"
+            count: jax.Array | int = self.per_step
         else:
+            assert not isinstance(state, tuple), "made by init"
             call = look.tick.call
             state = jnp.where(call == 0, jnp.sum(look.masked, dtype=jnp.int32), state)
             count = jnp.maximum(1, state // self.steps + (call < state % self.steps))

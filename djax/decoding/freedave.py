@@ -1,7 +1,6 @@
 """Draft several steps from one prediction, verify them in one forward."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from djax.pytree import pytree
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class FreeDave(Decoder):
+class FreeDave(Decoder[tuple[()]]):
     """Decode as `inner` does, verifying up to `drafts` of its next states in each forward (arXiv 2510.00294).
 
     A state and the prediction on it give what `inner` writes next, D_1, which is certain, and
@@ -34,7 +33,7 @@ class FreeDave(Decoder):
             many positions as its drafts.
     """
 
-    inner: Decoder = dataclasses.field(default_factory=lambda: Fixed(1))
+    inner: Fixed | Threshold = dataclasses.field(default_factory=lambda: Fixed(1))
     drafts: int = dataclasses.field(default=4, metadata={"static": True})
 
     def __post_init__(self) -> None:
@@ -44,21 +43,25 @@ class FreeDave(Decoder):
         with reading("FreeDave(inner=...)"):
             fixed = type(self.inner) is Fixed and self.inner.steps is None and self.inner.order != "random"
             # Read where it is a number: jax may have put anything else there, and checked it before.
-            if isinstance(getattr(self.inner, "per_step", None), int):
-                fixed = fixed and self.inner.per_step == 1
+            per_step = getattr(self.inner, "per_step", None)
+            if isinstance(per_step, int):
+                fixed = fixed and per_step == 1
         if not fixed and type(self.inner) is not Threshold:
             raise OptionError(f"FreeDave(inner=...): expected {legal}; got {show(self.inner)}")
 
-    def step(self, state: Any, look: Look) -> tuple[Any, Verdict]:
+    def step(self, state: tuple[()], look: Look) -> tuple[tuple[()], Verdict]:
+        read = look.drafts
+        assert read is not None, "of a decoder with drafts"
+
         def predict(tokens: jax.Array, logits: jax.Array) -> tuple[jax.Array, ...]:
             """What `inner` makes of a draft, and the prediction on it."""
             seen = look._replace(tokens=tokens, logits=logits, drafts=None, read=None)
             return self.inner.step((), seen)[1].tokens, *candidates(seen)
 
-        targets, tokens, confidence, candidate = jax.vmap(predict)(look.drafts, look.logits)
+        targets, tokens, confidence, candidate = jax.vmap(predict)(read, look.logits)
         accepted, jumps = self._accept(look, targets)
         now, tokens, confidence, candidate = (a[accepted] for a in (targets, tokens, confidence, candidate))
-        masks = jnp.sum(look.open & (look.drafts[accepted] == look.mask_id), dtype=jnp.int32)
+        masks = jnp.sum(look.open & (read[accepted] == look.mask_id), dtype=jnp.int32)
         still = candidate & (now == look.mask_id)
         if self.inner.order == "left":
             confidence = -look.at.astype(jnp.float32)
@@ -83,12 +86,14 @@ class FreeDave(Decoder):
     def _accept(self, look: Look, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The draft that is accepted, int32: from the first one on, the last that agrees with what follows the one before; and
         over how many of them that went."""
-        undecided = look.drafts == look.mask_id
-        agrees = undecided[None, :, :] | (look.drafts[None, :, :] == targets[:, None, :])
-        agrees = jnp.all(agrees | ~look.open[None, None, :], axis=-1) & (jnp.arange(self.drafts) < look.read)[None, :]
+        drafts, read = look.drafts, look.read
+        assert drafts is not None and read is not None, "of a decoder with drafts"
+        undecided = drafts == look.mask_id
+        agrees = undecided[None, :, :] | (drafts[None, :, :] == targets[:, None, :])
+        agrees = jnp.all(agrees | ~look.open[None, None, :], axis=-1) & (jnp.arange(self.drafts) < read)[None, :]
         furthest = jnp.max(jnp.where(agrees, jnp.arange(self.drafts, dtype=jnp.int32)[None, :], 0), axis=1)
 
-        def go_on(_: Any, reached: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def go_on(_: jax.Array, reached: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             at, jumps = reached
             return jnp.maximum(at, furthest[at]), jumps + (furthest[at] > at)
 

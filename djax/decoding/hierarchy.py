@@ -1,7 +1,6 @@
 """Divide and conquer: accept the surest token of every stretch of masks."""
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -13,7 +12,7 @@ from djax.pytree import pytree
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class Hierarchy(Decoder):
+class Hierarchy(Decoder[tuple[()]]):
     """Accept the best of each run of neighbouring masks if it exceeds low, any candidate that exceeds high, and the row's best.
 
     Runs are found anew at each call, which is the whole recursion (dInfer, HierarchyDecoder). Both comparisons are
@@ -29,7 +28,7 @@ class Hierarchy(Decoder):
         if isinstance(self.high, float) and isinstance(self.low, float) and self.low >= self.high:
             raise OptionError(f"Hierarchy(high=..., low=...): expected low below high, got low={self.low}, high={self.high}")
 
-    def step(self, state: Any, look: Look) -> tuple[Any, Verdict]:
+    def step(self, state: tuple[()], look: Look) -> tuple[tuple[()], Verdict]:
         tokens, confidence, candidate = candidates(look)
         masked = look.masked
         confidence = jnp.where(masked, confidence, -jnp.inf)

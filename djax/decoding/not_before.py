@@ -1,43 +1,42 @@
 """Keep an answer from ending early."""
 
 import dataclasses
-from typing import Any
 
 import jax
 
-from djax.decoding.contract import Decoder, Look, Verdict
+from djax.decoding.contract import Decoder, Look, State, Verdict
 from djax.kernels.vocabulary import exclude
 from djax.pytree import pytree
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class NotBefore(Decoder):
+class NotBefore(Decoder[State]):
     """Exclude the tokens `ids` at canvas positions below `least`, then let `inner` decide: `min_gen_length` of a row.
 
     Every decode holds its decoder in one. ids: static; least: int32, 0 excludes nothing.
     """
 
-    inner: Decoder
-    least: int
+    inner: Decoder[State]
+    least: int | jax.Array
     ids: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     @property
-    def draws(self) -> bool:  # type: ignore[override]
+    def draws(self) -> bool:
         return self.inner.draws
 
     @property
-    def post_steps(self) -> int:  # type: ignore[override]
+    def post_steps(self) -> int:
         return self.inner.post_steps
 
     @property
-    def drafts(self) -> int:  # type: ignore[override]
+    def drafts(self) -> int:
         return self.inner.drafts
 
-    def init(self, block: int, vocab: int) -> Any:
+    def init(self, block: int, vocab: int) -> State:
         return self.inner.init(block, vocab)
 
-    def step(self, state: Any, look: Look) -> tuple[Any, Verdict]:
+    def step(self, state: State, look: Look) -> tuple[State, Verdict]:
         early = look.at < self.least
 
         def shape(logits: jax.Array) -> jax.Array:

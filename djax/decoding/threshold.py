@@ -1,7 +1,6 @@
 """Accept every token the model is sure of."""
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -12,7 +11,7 @@ from djax.pytree import pytree
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class Threshold(Decoder):
+class Threshold(Decoder[tuple[()]]):
     """Accept each candidate whose confidence reaches tau, and always the row's best (Fast-dLLM, arXiv 2505.22618; dInfer).
 
     tau:   above 0. Above 1 it is never reached: then one token a forward is accepted, up to the slack.
@@ -31,7 +30,7 @@ class Threshold(Decoder):
         number(self, "slack", at_least=0.0)
         one_of(self, "order", ("confidence", "left"))
 
-    def step(self, state: Any, look: Look) -> tuple[Any, Verdict]:
+    def step(self, state: tuple[()], look: Look) -> tuple[tuple[()], Verdict]:
         tokens, confidence, candidate = candidates(look)
         if self.order == "left":
             reaches = candidate & (confidence >= jnp.maximum(self.tau, look.floor))

@@ -6,7 +6,6 @@ MLPs maps from or to "embed"; experts have an adapter each. Embedding, head, rou
 
 import dataclasses
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from djax.checks import integer, number
 from djax.errors import OptionError
+from djax.models.contract import Config, Params
 from djax.models.family import Family
 from djax.models.model import Model
 from djax.training.contract import Weights
@@ -37,7 +37,7 @@ class Lora:
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
-def adapters(lora: Lora, family: Family, config: Any, key: jax.Array) -> dict[str, Any]:
+def adapters(lora: Lora, family: Family, config: Config, key: jax.Array) -> Params:
     """The tree of adapters: for each matrix a `{"a": [E?, in, rank], "b": [E?, rank, out]}` in float32, b of zeros, so that
     the adapted model begins as the model itself."""
     out = {}
@@ -57,17 +57,17 @@ class Adapters(Weights):
 
     lora: Lora
 
-    def begin(self, model: Model, key: jax.Array) -> tuple[Any, Any]:
+    def begin(self, model: Model, key: jax.Array) -> tuple[Params, Params]:
         params = adapters(self.lora, model.family, model.config, key)
         if model.mesh is not None:
             params = jax.device_put(params, NamedSharding(model.mesh, PartitionSpec()))
         return params, model.params
 
-    def whole(self, trained: Any, frozen: Any) -> Any:
+    def whole(self, trained: Params, frozen: Params) -> Params:
         return merged(self.lora, frozen, trained)
 
 
-def merged(lora: Lora, params: Any, adapters: Any) -> Any:
+def merged(lora: Lora, params: Params, adapters: Params) -> Params:
     """The parameters with their adapters, in the parameters' own dtypes and shapes."""
     flat = traverse_util.flatten_dict(params)
     for path, pair in _pairs(adapters).items():
@@ -77,14 +77,14 @@ def merged(lora: Lora, params: Any, adapters: Any) -> Any:
     return traverse_util.unflatten_dict(flat)
 
 
-def _pairs(adapters: Any) -> dict[tuple[str, ...], dict[str, jax.Array]]:
+def _pairs(adapters: Params) -> dict[tuple[str, ...], dict[str, jax.Array]]:
     pairs: dict[tuple[str, ...], dict[str, jax.Array]] = {}
     for (*path, name), leaf in traverse_util.flatten_dict(adapters).items():
         pairs.setdefault(tuple(path), {})[name] = leaf
     return pairs
 
 
-def _matrices(family: Family, config: Any) -> dict[tuple[str, ...], tuple[tuple[int, ...], int, int]]:
+def _matrices(family: Family, config: Config) -> dict[tuple[str, ...], tuple[tuple[int, ...], int, int]]:
     """Each adapted parameter's path: its experts' axis, if it has one, and the sizes it maps from and to."""
     boxed = family.abstract(config, jnp.float32)
     shapes = {p: a.shape for p, a in traverse_util.flatten_dict(nn.meta.unbox(boxed)).items()}

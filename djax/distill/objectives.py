@@ -10,7 +10,7 @@ needs parameters of its own, a second network or batches that the model makes is
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,23 +19,23 @@ from djax.checks import number, plug
 from djax.distill.pairs import Uniform
 from djax.kernels.sight import Sight
 from djax.pytree import pytree
-from djax.training.objective import hide, sum_surprise, surprise
+from djax.training.objective import A, hide, sum_surprise, surprise
 
 
-class Row(NamedTuple):
+class Row(NamedTuple, Generic[A]):
     """One trajectory on a canvas of L positions, padding at its end.
 
     tokens int32 `[L]`, finished; accepted_at int32 `[L]`, -1 where nothing was; prompt, total: where the prompt and the canvas
     end; start, block: where the first block starts, and the length of each; forwards: F. Scalars int32.
     """
 
-    tokens: jax.Array
-    accepted_at: jax.Array
-    prompt: jax.Array
-    total: jax.Array
-    start: jax.Array
-    block: jax.Array
-    forwards: jax.Array
+    tokens: A
+    accepted_at: A
+    prompt: A
+    total: A
+    start: A
+    block: A
+    forwards: A
 
     def response(self) -> jax.Array:
         """Bool `[L]`: the positions that were generated."""
@@ -95,7 +95,7 @@ class Compression:
         number(self, "temperature", above=0)
         plug(self.pairs, "Compression(pairs=...)", ("draw",), "Uniform(...), Stride(...), Curriculum(...)")
 
-    def views(self, key: jax.Array, row: Row, progress: jax.Array, mask_id: int) -> tuple[View, ...]:
+    def views(self, key: jax.Array, row: Row[jax.Array], progress: jax.Array, mask_id: int) -> tuple[View, ...]:
         accepted = row.accepted_at
         # For each forward the last state of its block: one past the last forward that wrote there.
         block = row.blocks()
@@ -143,7 +143,7 @@ class Certainty:
         number(self, "temperature", above=0)
         number(self, "masked", above=0, at_most=1)
 
-    def views(self, key: jax.Array, row: Row, progress: jax.Array, mask_id: int) -> tuple[View, ...]:
+    def views(self, key: jax.Array, row: Row[jax.Array], progress: jax.Array, mask_id: int) -> tuple[View, ...]:
         which, where = jax.random.split(key)
         block, accepted = row.blocks(), row.accepted_at >= 0
         # Only blocks that were decoded: what an early stop filled in teaches no decode anything.
@@ -179,7 +179,7 @@ class Plain:
     def __post_init__(self) -> None:
         number(self, "least", above=0, at_most=1)
 
-    def views(self, key: jax.Array, row: Row, progress: jax.Array, mask_id: int) -> tuple[View, ...]:
+    def views(self, key: jax.Array, row: Row[jax.Array], progress: jax.Array, mask_id: int) -> tuple[View, ...]:
         level, where = jax.random.split(key)
         t = 1 - (1 - self.least) * jax.random.uniform(level)
         noisy, target = hide(where, row.tokens, row.response(), t, mask_id)

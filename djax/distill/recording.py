@@ -31,7 +31,7 @@ def record(
     seed: int = 0,
     max_batch: int = 25,
     progress: Callable[[int], None] | None = None,
-    **options: Any,
+    **options: object,
 ) -> Store:
     """Answer every problem `samples` times and keep how, appended to the store in `directory`.
 
@@ -48,7 +48,8 @@ def record(
     _plain(problems)
     if not problems:
         raise OptionError("problems: expected at least one, got none")
-    if samples > 1 and not given.temperature > 0:
+    heat = given.temperature
+    if samples > 1 and (isinstance(heat, Sequence) or not heat > 0):
         raise OptionError(f"samples: expected 1, since all {samples} would be alike at temperature 0; pass a temperature")
     if wrong := {"trace", "seed"} & set(options):
         raise OptionError(f"{', '.join(sorted(wrong))}: not for a recording, which sets it itself")
@@ -95,6 +96,7 @@ def _same_problems(store: Store, problems: Sequence[Mapping[str, Any]], samples:
 
 def trajectory(problem: Question, seed: int, answer: Generation) -> Trajectory:
     """A generation with its trace as a trajectory."""
+    assert answer.trace is not None, "asked for by `record`"
     trace, canvas = answer.trace, np.asarray(answer.canvas, np.int32)
     return Trajectory(
         *(problem, answer.text, canvas, trace.accepted_at, trace.confidence.astype(np.float16)),

@@ -5,11 +5,11 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from djax.checkpoints import checkpoint
 from djax.checks import integer, number
@@ -73,7 +73,7 @@ def read_problems(file: Path, name: str) -> list[Question]:
         lines = read_text(file).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"{name}: {file} cannot be read: {error}") from error
-    problems = []
+    problems: list[Question] = []
     for n, line in enumerate(lines, 1):
         try:
             problem = parse_json(line) if line.strip() else None
@@ -104,7 +104,7 @@ def judge(
     verifier_seconds: float = 60.0,
     max_batch: int = 25,
     progress: Callable[[int], None] | None = None,
-    **options: Any,
+    **options: object,
 ) -> Report:
     """Answer problems (as `record` takes them) by `djax.generate`'s options and count; right is a score of at least `least`."""
     check = verify.known(verifier)
@@ -114,8 +114,10 @@ def judge(
         score = verify.ask(check, problems[n], answer.text or "", verifier_seconds, f"problem {n}")
         return score >= least
 
-    ask, prompts = partial(generate, model, **options), [p["prompt"] for p in problems]
-    return measure(ask, prompts, is_right, max_batch, progress)
+    def ask(prompts: list[Any], **more: object) -> list[Generation]:
+        return generate(model, prompts, **options, **more)
+
+    return measure(ask, [p["prompt"] for p in problems], is_right, max_batch, progress)
 
 
 def quality(now: Report, before: Report, gamma: float = 4.0) -> float:
@@ -143,8 +145,8 @@ def recorded(
             if done % 500 == 0:
                 note(f"{name}: {done} of {total}, {time.perf_counter() - began:.0f} s")
 
-        options = dict(samples=run.samples, max_batch=BATCH, progress=told)
-        store = record(model, problems, traces / str(n), **options, **settings.options())
+        where, options = traces / str(n), settings.options()
+        store = record(model, problems, where, samples=run.samples, max_batch=BATCH, progress=told, **options)
         recording = time.perf_counter()
         kept += keep(store, verifier, least=run.least, first=total)
         facts["trajectories"] += total
@@ -166,7 +168,7 @@ def distil(
     held_out: Sequence[Question] | None = None,
     verifier: verify.Verifier | str = "exact",
     traces: str | Path | None = None,
-    console: Any = None,
+    console: Console | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Model:
     """Record, filter, train; the best model stands in `directory`/model in HF layout. A run that was killed goes on.

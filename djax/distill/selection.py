@@ -23,20 +23,20 @@ def keep(
     which leaves the store as it is, and `TraceError` if nothing is kept.
     """
     check = verify.known(verifier)
-    shipped = isinstance(verifier, str)
+    shipped = verifier if isinstance(verifier, str) else None
     name = verify.name_of(verifier)
     kept, count, best = [], 0, 0.0
     for n in range(store.parts):
         part = store.part(n)
         if first is not None:
             part = part[: max(first - count, 0)]
-        scores = store.scores(n, verifier) if shipped else None
+        scores = store.scores(n, shipped) if shipped is not None else None
         if scores is None or len(scores) < len(part):
             verify.need([t.problem for t in part], verifier)
             where = f"{store.directory}, part {n}, trajectory "
             scores = [verify.ask(check, t.problem, t.text or "", verifier_seconds, where + str(i)) for i, t in enumerate(part)]
-            if shipped:
-                store.write_scores(n, verifier, scores)
+            if shipped is not None:
+                store.write_scores(n, shipped, scores)
         scores = scores[: len(part)]
         kept += [t for t, score in zip(part, scores, strict=True) if score >= least]
         count += len(part)

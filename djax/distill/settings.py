@@ -21,12 +21,13 @@ _APART = ("seed", "trace", "max_batch")
 _NAMES = (*_ALWAYS, *(name for name in FIELDS if name not in (*_ALWAYS, *_APART)))
 
 
+_defaults = [(n, Any, dataclasses.field(default=FIELDS[n].default)) for n in _NAMES]
+# Any: type checkers know no class that is made while the program runs.
+_Fields: Any = dataclasses.make_dataclass("Fields", _defaults, frozen=True, repr=False)
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
-class Settings(
-    dataclasses.make_dataclass(
-        "Fields", [(n, Any, dataclasses.field(default=FIELDS[n].default)) for n in _NAMES], frozen=True, repr=False
-    )
-):
+class Settings(_Fields):
     """The options of `djax.generate`, less those of a recording; what its repr prints, `--recordings` reads back."""
 
     @classmethod

@@ -71,7 +71,10 @@ def tokenizer_checksum(model: Model) -> str | None:
     words = model.tokenizer
     if words is None:
         return None
-    return hashlib.sha256((words.backend_tokenizer.to_str() + (words.chat_template or "")).encode()).hexdigest()
+    template = words.chat_template or ""
+    if not isinstance(template, str):  # several, by name
+        template = json.dumps(template, sort_keys=True)
+    return hashlib.sha256((words.backend_tokenizer.to_str() + template).encode()).hexdigest()
 
 
 class Store:
@@ -184,7 +187,7 @@ def packed(trajectories: Sequence[Trajectory]) -> bytes:
         "fill": np.array([t.tokens[-1] for t in trajectories]),
     }
     flat |= {name: np.array([getattr(t, name) for t in trajectories]) for name in NUMBERS}
-    small = {name: a.astype(np.min_scalar_type(int(a.max(initial=0)))) for name, a in flat.items()}
+    small: dict[str, Any] = {name: a.astype(np.min_scalar_type(int(a.max(initial=0)))) for name, a in flat.items()}
     small["confidence"] = np.concatenate([t.confidence[t.prompt : e] for t, e in zip(trajectories, ends, strict=True)])
     small["confidence"] = small["confidence"].astype(np.float16)
     words = json.dumps([[dict(t.problem), t.text] for t in trajectories])

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from rich.console import Console
 
 from djax.checks import number, plug
 from djax.distill.lora import Adapters, Lora
@@ -98,7 +99,7 @@ class Recipe:
 class Examples(Batches):
     """Kept trajectories as arrays, one row each: the fields of `Row` with a leading axis, padded to the longest."""
 
-    rows: Row
+    rows: Row[np.ndarray]
     recipe: Recipe
 
     @classmethod
@@ -118,16 +119,16 @@ class Examples(Batches):
     def which(self, step: int) -> np.ndarray:
         """The trajectories of an update's examples, int64 `[R]`: each pass over all of them is in an order of its own."""
         numbers = step * self.recipe.rows + np.arange(self.recipe.rows)
-        orders = {
-            e: np.random.default_rng([self.recipe.seed, int(e)]).permutation(len(self)) for e in set(numbers // len(self))
+        orders: dict[int, np.ndarray] = {
+            int(e): np.random.default_rng([self.recipe.seed, int(e)]).permutation(len(self)) for e in set(numbers // len(self))
         }
-        return np.array([orders[n // len(self)][n % len(self)] for n in numbers])
+        return np.array([orders[n // len(self)][n % len(self)] for n in numbers.tolist()])
 
-    def batch(self, step: int) -> Row:
+    def batch(self, step: int) -> Row[np.ndarray]:
         which = self.which(step)
         return jax.tree.map(lambda a: a[which], self.rows)
 
-    def count(self, batch: Row) -> int:
+    def count(self, batch: Row[np.ndarray]) -> int:
         return int(batch.total.sum())
 
     def name(self, step: int, rows: np.ndarray) -> str:
@@ -142,7 +143,7 @@ def train(
     directory: str | Path,
     *,
     evaluate: Evaluate | None = None,
-    console: Any = None,
+    console: Console | None = None,
 ) -> Model:
     """Train the model, or go on training it, in `directory`; returns the best model by `evaluate`, or the last without it.
 
@@ -159,9 +160,17 @@ def train(
     examples = Examples.of(kept, recipe)
     check_rows(recipe, model)
     weights = Weights() if recipe.lora is None else Adapters(recipe.lora)
-    told = dict(described=_describe(model, examples, recipe), evaluate=evaluate, console=console)
-    how = dict(batches=examples, weights=weights)
-    return fit(model, recipe.objective(), recipe.plan(), directory, **how, **told).model
+    return fit(
+        model,
+        recipe.objective(),
+        recipe.plan(),
+        directory,
+        batches=examples,
+        weights=weights,
+        described=_describe(model, examples, recipe),
+        evaluate=evaluate,
+        console=console,
+    ).model
 
 
 def _describe(model: Model, examples: Examples, recipe: Recipe) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 
 from djax.checks import plain_text, show, whole_number, word
-from djax.engine.carry import Request, Rows
+from djax.engine.carry import NOTHING, Request, Rows
 from djax.engine.generate import ask, compiled
 from djax.engine.loop import decode
 from djax.engine.options import show_options
@@ -36,7 +36,7 @@ _UNPROMISED = ("__gpu$xla.gpu.triton", "LayoutConstraint")
 
 @with_own_settings
 @show_options()
-def compile(model: Model, *, prompt_length: int = 64, rows: int = 1, **options: Any) -> tuple[int, float]:
+def compile(model: Model, *, prompt_length: int = 64, rows: int = 1, **options: object) -> tuple[int, float]:
     """Compile the program that `djax.generate(model, prompts, **options)` would run for `rows` prompts of up to
     `prompt_length` tokens, and keep it: in this process, and in the compile cache for the next.
 
@@ -57,7 +57,7 @@ def export_program(
     prompt_length: int = 64,
     rows: int = 1,
     platform: str | None = None,
-    **options: Any,
+    **options: object,
 ) -> None:
     """Write the decode as a directory that jax alone can run, with djax's Python code nowhere near.
 
@@ -96,8 +96,8 @@ def export_program(
     def program(parameters: dict[str, Any], request: dict[str, Any], numbers: list[Any]) -> dict[str, Any]:
         params = traverse_util.unflatten_dict(parameters, sep=".")
         each = tuple(jnp.broadcast_to(n, (len(request["prompt"]), *n.shape)) for n in numbers)
-        whole = dict.fromkeys(left_out, ())
-        out: Rows = decode(params, Request(**request, **whole, numbers=each), spec=spec)
+        whole = dict.fromkeys(left_out, NOTHING)
+        out: Rows[jax.Array] = decode(params, Request(**request, **whole, numbers=each), spec=spec)
         return {name: getattr(out, name) for name in _RESULTS}
 
     # What this program would not read it does not take: nobody passes a temperature that is ignored.

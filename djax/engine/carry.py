@@ -5,7 +5,7 @@ free slot. A row never looks at another, so it gets what it gets alone, whenever
 import dataclasses
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +14,23 @@ from djax.caching.contract import Policy
 from djax.decoding.contract import Decoder
 from djax.decoding.smoothing import Smoothing
 from djax.engine.frame import frame_windows
-from djax.engine.trace import Record
+from djax.engine.trace import A, Record
 from djax.kernels.choice import Kernels, use_kernels
+from djax.models.contract import Config, Params
 from djax.models.family import Family
 
-Plugs = tuple[Decoder, Policy, Smoothing | None]
+Plugs = tuple[Decoder[Any], Policy, Smoothing | None]
+# Each layer's (k, v); () without a cache.
+KeysAndValues = tuple[tuple[jax.Array, jax.Array], ...]
+# Stands in a field whose array a program does not carry: no leaf of the carry.
+NOTHING: Any = ()
 
 
 R = TypeVar("R")
+Tree = TypeVar("Tree")
 
 
-class Request(NamedTuple):
+class Request(NamedTuple, Generic[A]):
     """What each row is asked, all traced: new prompts, lengths, seeds or thresholds compile nothing.
 
     tokens      int32 `[B, L]`: prompt, then masks, then padding. () in a carry, whose rows have the canvas.
@@ -41,18 +47,18 @@ class Request(NamedTuple):
     numbers     the leaves of the plugs in the order of `Spec.plugs`, each with leading axis B.
     """
 
-    tokens: Any
-    prompt: jax.Array
-    total: jax.Array
-    least: jax.Array
-    start: jax.Array
-    seed: jax.Array
-    temperature: jax.Array
-    top_p: jax.Array
-    top_k: jax.Array
-    early_stop: jax.Array
-    cap: jax.Array
-    numbers: tuple[jax.Array, ...]
+    tokens: A
+    prompt: A
+    total: A
+    least: A
+    start: A
+    seed: A
+    temperature: A
+    top_p: A
+    top_k: A
+    early_stop: A
+    cap: A
+    numbers: tuple[A, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,21 +71,21 @@ class Spec:
     """
 
     family: Family
-    config: Any
+    config: Config
     block: int
     sampled: bool
     traced: bool
-    plugs: Any
-    kinds: tuple
+    plugs: jax.tree_util.PyTreeDef
+    kinds: tuple[Any, ...]
     truncated: bool = False
     kernels: Kernels = "djax"
 
-    def build(self, numbers: Any) -> Plugs:
+    def build(self, numbers: tuple[jax.Array, ...]) -> Plugs:
         """Decoder, policy and smoothing with these numbers."""
         return jax.tree.unflatten(self.plugs, numbers)
 
 
-class Rows(NamedTuple):
+class Rows(NamedTuple, Generic[A]):
     """The part of the carry that a row's own forwards change.
 
     tokens       int32 `[B, L]`, the canvas.
@@ -103,41 +109,41 @@ class Rows(NamedTuple):
     trace        the record so far (`trace.Record`); () unless asked for.
     """
 
-    tokens: jax.Array
-    active: jax.Array
-    start: jax.Array
-    block: jax.Array
-    done: jax.Array
-    stop: jax.Array
-    iteration: jax.Array
-    forwards: jax.Array
-    refreshes: jax.Array
-    positions: jax.Array
-    call: jax.Array
-    cached_block: jax.Array
-    cached: Any
-    drafts: Any
-    drafted: Any
-    saved: Any
+    tokens: A
+    active: A
+    start: A
+    block: A
+    done: A
+    stop: A
+    iteration: A
+    forwards: A
+    refreshes: A
+    positions: A
+    call: A
+    cached_block: A
+    cached: A
+    drafts: A
+    drafted: A
+    saved: A
     decoder: Any
-    soft: Any
-    trace: Any
+    soft: A
+    trace: Record[A]
 
 
 class Carry(NamedTuple):
     """rows: see `Rows`. asks: each row's request. cache: each layer's (k, v) `[B, G, L * K]`, () without a cache."""
 
-    rows: Rows
-    asks: Request
-    cache: Any
+    rows: Rows[jax.Array]
+    asks: Request[jax.Array]
+    cache: KeysAndValues
 
 
-def get_row(tree: Any, b: jax.Array) -> Any:
+def get_row(tree: Tree, b: jax.Array) -> Tree:
     """Row b of every leaf, keeping the batch axis."""
     return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, b, 1), tree)
 
 
-def put_row(tree: Any, row: Any, b: jax.Array) -> Any:
+def put_row(tree: Tree, row: Tree, b: jax.Array) -> Tree:
     return jax.tree.map(lambda a, r: jax.lax.dynamic_update_slice_in_dim(a, r, b, axis=0), tree, row)
 
 
@@ -151,7 +157,7 @@ def with_its_kernels(function: Callable[..., R]) -> Callable[..., R]:
     """A function of a spec, traced with the kernels that the spec names, whoever traces it."""
 
     @wraps(function)
-    def traced(*arguments: Any, spec: Spec, **others: Any) -> R:
+    def traced(*arguments: object, spec: Spec, **others: object) -> R:
         with use_kernels(spec.kernels):
             return function(*arguments, spec=spec, **others)
 
@@ -159,7 +165,7 @@ def with_its_kernels(function: Callable[..., R]) -> Callable[..., R]:
 
 
 @with_its_kernels
-def start(params: Any, ask: Request, *, spec: Spec) -> Carry:
+def start(params: Params, ask: Request[jax.Array], *, spec: Spec) -> Carry:
     """The carry before the first forward of its rows. Those with an empty canvas are free slots."""
     batch, length = ask.tokens.shape
     decoder, policy, smoothing = spec.build(ask.numbers)
@@ -180,18 +186,18 @@ def start(params: Any, ask: Request, *, spec: Spec) -> Carry:
         positions=zero,
         call=zero,
         cached_block=zero - 1,
-        cached=zero if policy.commits else (),
-        drafts=copy_block(ask.tokens, ask.start, decoder.drafts, spec.block) if decoder.drafts else (),
-        drafted=zero + 1 if decoder.drafts else (),
-        saved=zero if decoder.drafts else (),
+        cached=zero if policy.commits else NOTHING,
+        drafts=copy_block(ask.tokens, ask.start, decoder.drafts, spec.block) if decoder.drafts else NOTHING,
+        drafted=zero + 1 if decoder.drafts else NOTHING,
+        saved=zero if decoder.drafts else NOTHING,
         decoder=jax.vmap(lambda _, numbers: spec.build(numbers)[0].init(spec.block, spec.config.vocab))(zero, ask.numbers),
-        trace=Record.start(batch, length, spec.block, decoder.post_steps) if spec.traced else (),
-        soft=() if smoothing is None else spec.family.embed(params, spec.config, ask.tokens),
+        trace=Record.start(batch, length, spec.block, decoder.post_steps) if spec.traced else NOTHING,
+        soft=NOTHING if smoothing is None else spec.family.embed(params, spec.config, ask.tokens),
     )
     cache = spec.family.empty_cache(params, spec.config, batch, length + beyond) if policy.keeps else ()
-    ask = ask._replace(tokens=())
+    ask = ask._replace(tokens=NOTHING)
     # What nothing reads is not carried.
-    return Carry(rows, ask if spec.truncated else ask._replace(top_p=(), top_k=()), cache)
+    return Carry(rows, ask if spec.truncated else ask._replace(top_p=NOTHING, top_k=NOTHING), cache)
 
 
 def copy_block(tokens: jax.Array, start: jax.Array, drafts: int, block: int) -> jax.Array:
@@ -201,7 +207,7 @@ def copy_block(tokens: jax.Array, start: jax.Array, drafts: int, block: int) -> 
 
 
 @with_its_kernels
-def join(params: Any, carry: Carry, ask: Request, b: jax.Array, *, spec: Spec) -> Carry:
+def join(params: Params, carry: Carry, ask: Request[jax.Array], b: jax.Array, *, spec: Spec) -> Carry:
     """The carry with the one row of `ask` in slot b, whose row must have ended. Its cache is not touched: what is there is
     hidden until the row's first refresh replaces it."""
     new = start(params, ask, spec=spec)

@@ -1,10 +1,10 @@
 """What a decode would do, before anything compiles: what is legal, which forwards of which size, what stays in memory."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from djax.checks import show, type_name
 from djax.decoding.contract import Tick
@@ -68,7 +68,7 @@ class Explanation:
 
 @with_own_settings
 @show_options()
-def explain(model: Model, prompts: Any, **options: Any) -> Explanation | list[Explanation]:
+def explain(model: Model, prompts: object, **options: object) -> Explanation | list[Explanation]:
     """What `djax.generate(model, prompts, **options)` would do, one `Explanation` a prompt. Compiles and runs no model.
 
     Takes the same options and raises the same errors.
@@ -84,7 +84,7 @@ def explain(model: Model, prompts: Any, **options: Any) -> Explanation | list[Ex
     return out[0] if asked.single else out
 
 
-def _facts(model: Model, asked: Asked, ask: Request, b: int) -> dict[str, str]:
+def _facts(model: Model, asked: Asked, ask: Request[np.ndarray], b: int) -> dict[str, str]:
     decoder, policy, smoothing = asked.plugs
     rows, length = ask.tokens.shape
     frame = frame_windows(policy, model.family, asked.block(ask), length)
@@ -125,7 +125,7 @@ def _leaves(asked: Asked) -> str:
     return ", ".join(named) or "and no number of the plugs"
 
 
-def _blocks(model: Model, asked: Asked, ask: Request, b: int) -> tuple[Block, ...]:
+def _blocks(model: Model, asked: Asked, ask: Request[np.ndarray], b: int) -> tuple[Block, ...]:
     slowest, fastest = (_schedule(model, asked, ask, b, pace) for pace in (1, asked.block_length))
     prompt, total, start, block = int(ask.prompt[b]), int(ask.total[b]), int(ask.start[b]), asked.block(ask)
     starts = range(start, total, block)
@@ -136,7 +136,7 @@ def _blocks(model: Model, asked: Asked, ask: Request, b: int) -> tuple[Block, ..
     )
 
 
-def _schedule(model: Model, asked: Asked, ask: Request, b: int, pace: int) -> list[list[Forward]]:
+def _schedule(model: Model, asked: Asked, ask: Request[np.ndarray], b: int, pace: int) -> list[list[Forward]]:
     """The forwards of each block if each accepts `pace` tokens: the turns of the program, for one row, without a model."""
     decoder, policy, smoothing = asked.plugs
     most = decoder.post_steps if pace == 1 else min(1, decoder.post_steps)
@@ -148,7 +148,8 @@ def _schedule(model: Model, asked: Asked, ask: Request, b: int, pace: int) -> li
     out = []
     for index, s in enumerate(range(start, total, block)):
         end = min(s + block, total)
-        masks, post, mine = end - max(s, prompt), 0, []
+        masks, post = end - max(s, prompt), 0
+        mine: list[Forward] = []
         while masks > 0 or post < most:
             plan = policy.plan(_tick(turns if smoothing is None else forwards, forwards, index, len(mine)), jnp.int32(cached))
             full, refresh, window, append = map(bool, plan)

@@ -2,9 +2,9 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import jax
 import numpy as np
@@ -76,9 +76,15 @@ class Generation:
         return "stop" if stopped or len(self.tokens) < len(self.canvas) - self.prompt_length else "length"
 
 
+@overload
+def generate(model: Model, prompts: str, **options: Any) -> Generation: ...
+@overload
+def generate(model: Model, prompts: list[str], **options: Any) -> list[Generation]: ...
+@overload
+def generate(model: Model, prompts: Any, **options: Any) -> Generation | list[Generation]: ...
 @with_own_settings
 @show_options()
-def generate(model: Model, prompts: Any, **options: Any) -> Generation | list[Generation]:
+def generate(model: Model, prompts: object, **options: object) -> Generation | list[Generation]:
     """Answer one prompt or many; see `text.encode` for the forms of `prompts`. One prompt gives one `Generation`.
 
     {options}
@@ -98,7 +104,7 @@ def generate(model: Model, prompts: Any, **options: Any) -> Generation | list[Ge
     return out[0] if asked.single else out
 
 
-def ask(model: Model, prompts: Any, options: Mapping[str, Any], caller: str) -> Asked:
+def ask(model: Model, prompts: object, options: Mapping[str, Any], caller: str) -> Asked:
     """What `generate(model, prompts, **options)` would be asked, checked, for functions that take its options.
 
     Raises `TypeError`, naming the caller, for an option that `generate` does not have, and `generate`'s errors.
@@ -106,14 +112,14 @@ def ask(model: Model, prompts: Any, options: Mapping[str, Any], caller: str) -> 
     return prepare(model, prompts, make_options(options, caller))
 
 
-def compiled(model: Model, asked: Asked, ask: Request) -> tuple[Any, float]:
+def compiled(model: Model, asked: Asked, ask: Request[np.ndarray]) -> tuple[Any, float]:
     """The compiled decode of one request, and the seconds it took to get it: 0 if this process had it already."""
     spec = asked.spec(model, ask)
     key = kinds((model.params, ask)), spec
 
     def compile_program() -> Any:
         # A function of its own, so that jax's caches let go of it with the program.
-        program = partial(decode, spec=spec)
+        program: Callable[..., Rows[jax.Array]] = partial(decode, spec=spec)
         if model.mesh is not None:
             program = over_rows(program, model.mesh, ask)
         with computing(model, spec.kernels):
@@ -122,11 +128,11 @@ def compiled(model: Model, asked: Asked, ask: Request) -> tuple[Any, float]:
     return PROGRAMS.get(key, compile_program)
 
 
-def _run(model: Model, asked: Asked, ask: Request, stops: Sequence[tuple[str, ...]]) -> list[Generation]:
+def _run(model: Model, asked: Asked, ask: Request[np.ndarray], stops: Sequence[tuple[str, ...]]) -> list[Generation]:
     try:
         program, compiling = compiled(model, asked, ask)
         began = time.perf_counter()
-        rows = jax.device_get(program(model.params, ask))
+        rows: Rows[np.ndarray] = jax.device_get(program(model.params, ask))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise does_not_fit(ask, "more memory than the device has left") from error
@@ -138,7 +144,7 @@ def _run(model: Model, asked: Asked, ask: Request, stops: Sequence[tuple[str, ..
     places = {b: (ask, b) for b in range(len(ask.prompt)) if ask.total[b]}
     generations = {b: read_row(model, rows, b, *place, timing, stops[b]) for b, place in places.items()}
     if rows.active.any():
-        raise unfinished(np.flatnonzero(rows.active).tolist(), generations, ask.cap[rows.active].max(), asked)
+        raise unfinished(np.flatnonzero(rows.active).tolist(), generations, int(ask.cap[rows.active].max()), asked)
     return list(generations.values())
 
 
@@ -152,7 +158,21 @@ def unfinished(rows: list[int], generations: Mapping[int, Generation], turns: in
     )
 
 
-def read_row(model: Model, rows: Rows, b: int, ask: Request, asked_at: int, timing: Timing, stops: Sequence[str]) -> Generation:
+def _decode(model: Model, tokens: np.ndarray) -> str:
+    said = text.decode(model.tokenizer, tokens)
+    assert said is not None, "stop strings are refused without a tokenizer"
+    return said
+
+
+def read_row(
+    model: Model,
+    rows: Rows[np.ndarray],
+    b: int,
+    ask: Request[np.ndarray],
+    asked_at: int,
+    timing: Timing,
+    stops: Sequence[str],
+) -> Generation:
     """The answer in row b of the rows (on the host), whose request is row `asked_at` of `ask`, up to the first of `stops`."""
     prompt, total = int(ask.prompt[asked_at]), int(ask.total[asked_at])
     canvas = rows.tokens[b, :total]
@@ -161,9 +181,9 @@ def read_row(model: Model, rows: Rows, b: int, ask: Request, asked_at: int, timi
     answer = answer[: ends[0]] if ends.size else answer
     said = None if rows.active[b] else text.decode(model.tokenizer, answer)
     found = None if said is None else stop.find(said, stops)
-    if found is not None:
+    if said is not None and found is not None:
         said = said[: found[0]]
-        answer = answer[: stop.count_before(partial(text.decode, model.tokenizer), answer, said)]
+        answer = answer[: stop.count_before(partial(_decode, model), answer, said)]
     return Generation(
         text=said,
         tokens=answer,

@@ -16,9 +16,24 @@ import jax.numpy as jnp
 from djax.caching.contract import Plan
 from djax.decoding.contract import Look, Tick, Verdict
 from djax.decoding.not_before import NotBefore
-from djax.engine.carry import Carry, Request, Rows, Spec, copy_block, get_row, put_row, start, take, with_its_kernels
+from djax.engine.carry import (
+    NOTHING,
+    Carry,
+    KeysAndValues,
+    Request,
+    Rows,
+    Spec,
+    Tree,
+    copy_block,
+    get_row,
+    put_row,
+    start,
+    take,
+    with_its_kernels,
+)
 from djax.engine.frame import frame_windows, list_widths
 from djax.kernels.sight import HIDDEN_RANK
+from djax.models.contract import Params
 from djax.models.layers import Cache
 from djax.models.sight import rank_keys, see
 from djax.runtime.process import make_key
@@ -31,12 +46,12 @@ AT_ONCE = 256
 NO_EVENT, ROW_ENDED, BLOCK_FINISHED = range(3)
 
 
-def keep_rows(running: jax.Array, new: Any, old: Any) -> Any:
+def keep_rows(running: jax.Array, new: Tree, old: Tree) -> Tree:
     """The new leaves in running rows `[B]`, the old ones in the others."""
     return jax.tree.map(lambda n, o: jnp.where(running.reshape((-1,) + (1,) * (n.ndim - 1)), n, o), new, old)
 
 
-def find_block(rows: Rows, total: jax.Array, block: int) -> jax.Array:
+def find_block(rows: Rows[jax.Array], total: jax.Array, block: int) -> jax.Array:
     """Bool `[B, L]`: the canvas positions of each row's current block."""
     at = jnp.arange(rows.tokens.shape[1])[None, :]
     return (at >= rows.start[:, None]) & (at < jnp.minimum(rows.start + block, total)[:, None])
@@ -54,7 +69,7 @@ def take_part(kv: jax.Array, part: jax.Array, parts: int) -> jax.Array:
     return jnp.take_along_axis(each, part[:, None, None, None], axis=2)[:, :, 0]
 
 
-def find_ticks(rows: Rows, smoothed: bool) -> Tick:
+def find_ticks(rows: Rows[jax.Array], smoothed: bool) -> Tick:
     """Where each row stands, `[B]` each. What verified drafts saved counts as if it had been run."""
     saved = rows.saved if len(rows.saved) else 0
     forwards = rows.forwards + saved
@@ -63,7 +78,7 @@ def find_ticks(rows: Rows, smoothed: bool) -> Tick:
 
 
 @with_its_kernels
-def run(params: Any, carry: Carry, turns: jax.Array | None = None, until: jax.Array | None = None, *, spec: Spec) -> Carry:
+def run(params: Params, carry: Carry, turns: jax.Array | None = None, until: jax.Array | None = None, *, spec: Spec) -> Carry:
     """Go on until every row has ended or, with `turns` and `until` (int32 scalars), until so many turns are spent or the event
     happens (`ROW_ENDED`, `BLOCK_FINISHED`, `NO_EVENT`).
 
@@ -91,13 +106,13 @@ def run(params: Any, carry: Carry, turns: jax.Array | None = None, until: jax.Ar
     return jax.lax.while_loop(go_on, turn, (carry, turns, jnp.bool_(False)))[0]
 
 
-def decode(params: Any, ask: Request, *, spec: Spec) -> Rows:
+def decode(params: Params, ask: Request[jax.Array], *, spec: Spec) -> Rows[jax.Array]:
     """`start`, then `run` to the end: the program of `djax.generate`.
 
     Returns the rows as they end, less what only the loop needs; `active` is true only for rows that hit their cap on turns.
     """
     rows = run(params, start(params, ask, spec=spec), spec=spec).rows
-    return rows._replace(decoder=(), soft=())
+    return rows._replace(decoder=(), soft=NOTHING)
 
 
 def find_running(carry: Carry) -> jax.Array:
@@ -108,7 +123,7 @@ def find_running(carry: Carry) -> jax.Array:
 class _Loop:
     """The turns of a loop over a carry of B rows and canvases of L positions, for one set of parameters."""
 
-    def __init__(self, params: Any, spec: Spec, carry: Carry) -> None:
+    def __init__(self, params: Params, spec: Spec, carry: Carry) -> None:
         self.params, self.spec = params, spec
         self.family, self.config, self.block = spec.family, spec.config, spec.block
         self.batch, self.length = carry.rows.tokens.shape
@@ -153,13 +168,13 @@ class _Loop:
             carry.asks.numbers, ticks, carry.rows.cached_block
         )
 
-    def limit_drafts(self, rows: Rows, asks: Request) -> Rows:
+    def limit_drafts(self, rows: Rows[jax.Array], asks: Request[jax.Array]) -> Rows[jax.Array]:
         """No draft goes past the whole canvas that the policy would run next, if every step were a forward of its own."""
         if not self.decoder.drafts:
             return rows
         ticks, later = find_ticks(rows, self.smoothing is not None), jnp.arange(1, self.decoder.drafts + 1, dtype=jnp.int32)
 
-        def count(numbers: Any, tick: Tick, cached: jax.Array) -> jax.Array:
+        def count(numbers: tuple[jax.Array, ...], tick: Tick, cached: jax.Array) -> jax.Array:
             """How many steps there are before it."""
             after = lambda n: tick._replace(iteration=tick.iteration + n, forward=tick.forward + n)  # noqa: E731
             policy = self.spec.build(numbers)[1]
@@ -188,7 +203,7 @@ class _Loop:
         that commits what windows read."""
         return carry.rows.cached if self.policy.commits else carry.rows.start - self.frame.left
 
-    def window(self, carry: Carry, running: jax.Array) -> tuple[Rows, Any]:
+    def window(self, carry: Carry, running: jax.Array) -> tuple[Rows[jax.Array], KeysAndValues]:
         """The block and its reach for all running rows, against the cache with the window's own positions hidden. Returns the
         rows, and the window's K/V if they are to be committed."""
         rows, width = carry.rows, self.frame.width
@@ -213,24 +228,24 @@ class _Loop:
             ranks = jnp.pad(ranks, ((0, 0), (0, self.frame.width)), constant_values=HIDDEN_RANK)
         return Cache(carry.cache, ranks)
 
-    def nothing(self, carry: Carry) -> Any:
+    def nothing(self, carry: Carry) -> KeysAndValues:
         """K/V of a window before there are any; () unless they are to be committed."""
         if not self.policy.commits:
             return ()
         size = self.frame.width * self.config.head_dim
         return jax.tree.map(lambda c: jnp.zeros((self.batch, c.shape[1], size), c.dtype), carry.cache)
 
-    def commit(self, carry: Carry, fresh: Any, left: jax.Array, running: jax.Array) -> Carry:
+    def commit(self, carry: Carry, fresh: KeysAndValues, left: jax.Array, running: jax.Array) -> Carry:
         """Put the K/V of windows that start at `left` `[B]` into the running rows' caches, if the policy commits. What is not
         final yet is hidden, and overwritten by the next window."""
         if not self.policy.commits:
             return carry
         return carry._replace(cache=self.put(carry.cache, fresh, left, running))
 
-    def put(self, cache: Any, fresh: Any, left: jax.Array, running: jax.Array) -> Any:
+    def put(self, cache: KeysAndValues, fresh: KeysAndValues, left: jax.Array, running: jax.Array) -> KeysAndValues:
         """The cache with the fresh K/V `[B, G, W * K]` of the running rows at their positions from `left` `[B]` on."""
 
-        def one(state: tuple) -> tuple:
+        def one(state: tuple[KeysAndValues, jax.Array]) -> tuple[KeysAndValues, jax.Array]:
             cache, pending = state
             b = jnp.argmax(pending)
             where = (b, 0, left[b] * self.config.head_dim)
@@ -258,8 +273,14 @@ class _Loop:
         return carry._replace(rows=rows, cache=self.put(carry.cache, finished, left, running))
 
     def forward_and_decode(
-        self, rows: Rows, asks: Request, at: jax.Array, skip: jax.Array | int, running: jax.Array, cache: Cache | None
-    ) -> tuple[Rows, Any]:
+        self,
+        rows: Rows[jax.Array],
+        asks: Request[jax.Array],
+        at: jax.Array,
+        skip: jax.Array | int,
+        running: jax.Array,
+        cache: Cache | None,
+    ) -> tuple[Rows[jax.Array], KeysAndValues]:
         """One network forward of the positions `at` `[B, W]` of the running rows, the block from `skip` on in it."""
         family, config, params, block = self.family, self.config, self.params, self.block
         smoothing = self.smoothing
@@ -287,7 +308,13 @@ class _Loop:
             return decoded, fresh
         tokens = take(decoded.tokens, at)
         soft = family.embed(params, config, tokens)
-        weight = jax.vmap(lambda n, f: self.spec.build(n)[2].weight(f))(asks.numbers, rows.forwards)
+
+        def weigh(numbers: tuple[jax.Array, ...], forwards: jax.Array) -> jax.Array:
+            own = self.spec.build(numbers)[2]
+            assert own is not None, "smoothing is static: one row's is every row's"
+            return own.weight(forwards)
+
+        weight = jax.vmap(weigh)(asks.numbers, rows.forwards)
         weight = weight[:, None, None].astype(soft.dtype)
         still = (tokens == config.mask_id)[..., None]
         expected = family.expected_embedding(params, config, x, smoothing.top, wide)
@@ -298,14 +325,14 @@ class _Loop:
 
     def verify(
         self,
-        rows: Rows,
-        asks: Request,
+        rows: Rows[jax.Array],
+        asks: Request[jax.Array],
         at: jax.Array,
         skip: jax.Array | int,
         running: jax.Array,
         cache: Cache | None,
         valid: jax.Array,
-    ) -> tuple[Rows, Any]:
+    ) -> tuple[Rows[jax.Array], KeysAndValues]:
         """`forward_and_decode` of D drafts of the block. A window holds them one after another, each a copy that sees itself
         and the cache. Without a cache each is a canvas of its own; where a canvas refills one, the first is read alone."""
         family, config, block = self.family, self.config, self.block
@@ -342,7 +369,7 @@ class _Loop:
             fresh = jax.tree.map(lambda a: take_part(a, kept, drafts), fresh)
         return self.find_final(decoded, tokens, at, valid), fresh
 
-    def find_final(self, rows: Rows, read: jax.Array, at: jax.Array, valid: jax.Array) -> Rows:
+    def find_final(self, rows: Rows[jax.Array], read: jax.Array, at: jax.Array, valid: jax.Array) -> Rows[jax.Array]:
         """Where a cache commits what a window `at` `[B, W]` read, move its end to the first position that is not final: one
         that still holds the mask, or was read `[B, W]` as another token."""
         if not self.policy.commits:
@@ -358,13 +385,13 @@ class _Loop:
 
     def decode_block(
         self,
-        rows: Rows,
-        asks: Request,
+        rows: Rows[jax.Array],
+        asks: Request[jax.Array],
         logits: jax.Array,
         running: jax.Array,
         whole: bool,
         read: jax.Array | None = None,
-    ) -> tuple[Rows, Verdict]:
+    ) -> tuple[Rows[jax.Array], Verdict]:
         """Hand the block's logits `[B, S, V]` of one forward to each row's decoder and write what it says.
 
         running bool `[B]`: the rows that take part. whole: the forward ran the whole canvas. With drafts the logits are
@@ -376,9 +403,15 @@ class _Loop:
         may_write = (at >= asks.prompt[:, None]) & (at < asks.total[:, None]) & running[:, None]
         smoothing, floor = self.smoothing, jnp.full(rows.forwards.shape, -jnp.inf)
         if smoothing is not None:
-            floor = jax.vmap(lambda n, f: spec.build(n)[2].least(f))(asks.numbers, rows.forwards)
 
-        def step(state: Any, ask: Request, tick: Tick, *looked: jax.Array) -> tuple:
+            def find_floor(numbers: tuple[jax.Array, ...], forwards: jax.Array) -> jax.Array:
+                own = spec.build(numbers)[2]
+                assert own is not None, "smoothing is static: one row's is every row's"
+                return own.least(forwards)
+
+            floor = jax.vmap(find_floor)(asks.numbers, rows.forwards)
+
+        def step(state: Any, ask: Request[jax.Array], tick: Tick, *looked: Any) -> tuple[Any, Verdict]:
             # The key depends on the row's own seed and counter, not on its place in the batch.
             key = jax.random.fold_in(make_key(ask.seed), tick.forward) if spec.sampled else None
             logits, tokens, may_write, at, floor, drafts, read = looked
@@ -393,12 +426,13 @@ class _Loop:
         changed = may_write & (verdict.tokens != before)
         masks_left = jnp.any(may_write & (verdict.tokens == mask_id), axis=1)
         write = take(changed, offset) & find_block(rows, asks.total, self.block) & running[:, None]
-        trace = ()
+        trace = NOTHING
         if spec.traced:
             confidence = take(verdict.confidence, offset)
             trace = rows.trace.add(rows.forwards, rows.start, verdict.proposals, write, confidence, running, whole)
         one = running.astype(jnp.int32)
         if self.decoder.drafts:
+            assert verdict.drafts is not None and verdict.drafted is not None, "of a decoder with drafts"
             steps = one if verdict.steps is None else jnp.where(running, verdict.steps, 1)
             rows = rows._replace(
                 saved=rows.saved + jnp.maximum(steps, 1) - 1,
@@ -406,6 +440,7 @@ class _Loop:
                 drafted=jnp.where(running, jnp.clip(verdict.drafted, 1, self.decoder.drafts), rows.drafted),
             )
         if self.decoder.advances:
+            assert verdict.advance is not None, "of a decoder that advances"
             # Never past a mask, and a block that is done is left as a whole.
             decided = ~may_write | (verdict.tokens != mask_id)
             most = jnp.sum(jnp.cumprod(decided, axis=1), axis=1, dtype=jnp.int32)
@@ -422,7 +457,7 @@ class _Loop:
             trace=trace,
         ), verdict
 
-    def finish_blocks(self, rows: Rows, asks: Request, running: jax.Array) -> Rows:
+    def finish_blocks(self, rows: Rows[jax.Array], asks: Request[jax.Array], running: jax.Array) -> Rows[jax.Array]:
         """Move rows whose block is done to the next one, or end them: at an EOS (early stop), at their decoder's word, or at
         the canvas' end. Any of the EOS ids ends a row, the first one fills what follows."""
         eos_ids = self.config.eos_ids

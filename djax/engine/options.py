@@ -15,7 +15,7 @@ from djax.decoding.smoothing import Smoothing
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _option(default: Any, text: str) -> Any:
+def _option(default: object, text: str) -> Any:
     return dataclasses.field(default=default, metadata={"text": text})
 
 
@@ -116,13 +116,14 @@ def show_options(*, without: Collection[str] = ()) -> Callable[[F], F]:
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         fields = [f for name, f in FIELDS.items() if name not in (*without, *(p.name for p in own))]
         more = [inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type) for f in fields]
-        function.__signature__ = signature.replace(parameters=[*own, *more])
-        if "{options}" in (function.__doc__ or ""):  # python -OO leaves none
+        vars(function)["__signature__"] = signature.replace(parameters=[*own, *more])
+        doc = function.__doc__
+        if doc is not None and "{options}" in doc:  # python -OO leaves none
             fill = functools.partial(textwrap.fill, width=100)
             listed = "\n".join(fill(f"{f.name}: {describe(f.name)}", subsequent_indent=" " * 4) for f in fields)
             several = ", ".join(f.name for f in fields if len(list_types(f.name)) < len(_kinds(f.name)))
             lists = fill(f"May also be lists with one for each prompt: {several}.")
-            text = inspect.cleandoc(function.__doc__)
+            text = inspect.cleandoc(doc)
             function.__doc__ = text.replace("{options}", listed).replace("{lists}", lists)
         return function
 

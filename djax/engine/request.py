@@ -19,6 +19,7 @@ from djax.engine.carry import Plugs, Request, Spec
 from djax.engine.options import Options
 from djax.errors import BatchError, CanvasError, OptionError
 from djax.kernels.choice import Kernels, traced_kernels, with_wanted_kernels
+from djax.models.contract import Config, DType
 from djax.models.model import Model, device_memory, known_model
 from djax.plugs import spelled
 from djax.pytree import classes
@@ -39,7 +40,7 @@ class Asked:
     one prompt and no list.
     """
 
-    asks: list[Request]
+    asks: list[Request[np.ndarray]]
     stops: list[list[tuple[str, ...]]]
     plugs: Plugs
     block_length: int
@@ -49,11 +50,11 @@ class Asked:
     single: bool
     kernels: Kernels = "djax"
 
-    def block(self, ask: Request) -> int:
+    def block(self, ask: Request[np.ndarray]) -> int:
         """S: a block, however long, is never more than the canvas."""
         return min(self.block_length, ask.tokens.shape[1])
 
-    def spec(self, model: Model, ask: Request) -> Spec:
+    def spec(self, model: Model, ask: Request[np.ndarray]) -> Spec:
         """What is static to the program of a request."""
         plugs, kinds = jax.tree.structure(self.plugs), tuple(map(classes, self.plugs))
         truncated = self.sampled and self.truncated
@@ -62,7 +63,7 @@ class Asked:
 
 
 @with_wanted_kernels
-def prepare(model: Model, prompts: Any, options: Options) -> Asked:
+def prepare(model: Model, prompts: object, options: Options) -> Asked:
     """Check the arguments of `djax.generate`, whose docstring has their meaning, and lay its prompts out. Compiles nothing.
 
     Raises `OptionError`, `PromptError`, `CanvasError` or `BatchError`.
@@ -115,8 +116,8 @@ def prepare(model: Model, prompts: Any, options: Options) -> Asked:
         if plugs[0].drafts > block_length:
             raise OptionError(f"decoder: expected at most {block_length} drafts, the block_length, got {show(plugs[0])}")
     sampled, truncated = max(heats) > 0 or plugs[0].draws, min(map(np.float32, top_p)) < 1 or max(top_k) > 0
-    stops = [stops[i : i + group] for i in range(0, count, group)]
-    asked = Asked(asks, stops, plugs, block_length, sampled, bool(truncated), trace, single, traced_kernels())
+    grouped = [stops[i : i + group] for i in range(0, count, group)]
+    asked = Asked(asks, grouped, plugs, block_length, sampled, bool(truncated), trace, single, traced_kernels())
     _try_plugs(model, asks[0], plugs, asked.block(asks[0]), sampled)
     for ask in asks:
         check_memory(model, ask, plugs, asked.block(ask))
@@ -139,7 +140,7 @@ def refuse_lists(options: Mapping[str, Any], expected: str) -> None:
             raise OptionError(f"{name}: expected {expected}")
 
 
-def _plugs_each(model: Model, decoder: Any, cache: Any, smoothing: Any, count: int) -> tuple[Plugs, list[Plugs]]:
+def _plugs_each(model: Model, decoder: object, cache: object, smoothing: object, count: int) -> tuple[Plugs, list[Plugs]]:
     """The first prompt's plugs, and each prompt's: of one kind with equal static fields, since one program serves them."""
     named = dict(decoder=decoder, cache=cache, smoothing=smoothing)
     if not any(type(value) in (list, tuple) for value in named.values()):
@@ -218,7 +219,7 @@ def _plugs(model: Model, decoder: Any, cache: Any, smoothing: Any) -> Plugs:
     return decoder, policy, smoothing
 
 
-def _refuse_traced(plug: Any, attributes: tuple[str, ...], name: str) -> None:
+def _refuse_traced(plug: object, attributes: tuple[str, ...], name: str) -> None:
     """`OptionError` for a field that sets a shape or a branch of the program and is not static."""
     if dataclasses.is_dataclass(plug):
         for field in dataclasses.fields(plug):
@@ -229,7 +230,7 @@ def _refuse_traced(plug: Any, attributes: tuple[str, ...], name: str) -> None:
                 )
 
 
-def _with_values(plug: Any, name: str) -> Any:
+def _with_values(plug: object, name: str) -> Any:
     """The plug as its constructors check and store it, its leaves numbers. Plugs that jax or `object.__setattr__` made were
     checked by nobody, and one that was made while jax traced something may hold what has no value."""
     with reading(name):
@@ -256,26 +257,31 @@ def _made_anew(plug: Any) -> Any:
     return type(plug)(**{name: _made_anew(value) for name, value in fields.items()})
 
 
-def _is_ours(kind: type) -> bool:
+def _is_ours(kind: object) -> bool:
     return kind.__module__.split(".")[0] == "djax" and dataclasses.is_dataclass(kind)
 
 
-def _try_plugs(model: Model, ask: Request, plugs: Plugs, block: int, sampled: bool) -> None:
+def _try_plugs(model: Model, ask: Request[np.ndarray], plugs: Plugs, block: int, sampled: bool) -> None:
     """Call the methods of plugs that are not djax's on shapes alone: `OptionError` for what they raise, and for results that
     their contracts (`decoding/contract.py`, `caching/contract.py`) do not allow."""
     vocab = model.config.vocab
-    whole, real = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.float32))
+
+    def shape(*sizes: int, dtype: DType) -> Any:
+        """What stands for an array where only shapes are computed."""
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    whole, real = shape(dtype=jnp.int32), shape(dtype=jnp.float32)
     tick = Tick(whole, whole, whole, whole)
-    tokens, where = jax.ShapeDtypeStruct((block,), jnp.int32), jax.ShapeDtypeStruct((block,), bool)
+    tokens, where = shape(block, dtype=jnp.int32), shape(block, dtype=bool)
     decoder, policy, smoothing = plugs
     several = (decoder.drafts,) if decoder.drafts else ()
-    logits = jax.ShapeDtypeStruct((*several, block, vocab), jnp.float32)
-    drafts = (jax.ShapeDtypeStruct((*several, block), jnp.int32), whole) if several else (None, None)
+    logits = shape(*several, block, vocab, dtype=jnp.float32)
+    drafts = (shape(*several, block, dtype=jnp.int32), whole) if several else (None, None)
     look = Look(logits, tokens, where, tokens, tick, whole, real, real, None, drafts=drafts[0], read=drafts[1])
 
     name = f"decoder: {type_name(decoder)}"
 
-    def step(decoder: Any, look: Look, seed: Any) -> tuple:
+    def step(decoder: Decoder[Any], look: Look, seed: jax.Array) -> tuple[Any, ...]:
         state = decoder.init(block, vocab)
         results = decoder.step(state, look._replace(key=make_key(seed) if sampled else None))
         if not isinstance(results, tuple | list) or isinstance(results, Verdict) or len(results) != 2:
@@ -283,8 +289,8 @@ def _try_plugs(model: Model, ask: Request, plugs: Plugs, block: int, sampled: bo
             raise OptionError(f"{name}.step: expected two results, the state and a djax.Verdict; got {what}")
         return state, *results
 
-    def plan(policy: Any, *asked: Any) -> Plan:
-        planned = policy.plan(*asked)
+    def plan(policy: Policy, tick: Tick, cached: jax.Array) -> Plan:
+        planned = policy.plan(tick, cached)
         if not isinstance(planned, Plan):
             what = _count(planned)
             raise OptionError(f"cache: {type_name(policy)}.plan: expected a djax.caching.contract.Plan; got {what}")
@@ -292,7 +298,7 @@ def _try_plugs(model: Model, ask: Request, plugs: Plugs, block: int, sampled: bo
 
     if not _all_ours(decoder):
         with reading(f"decoder: trying {type_name(decoder)}"):
-            seed = jax.ShapeDtypeStruct((), jnp.uint32)
+            seed = shape(dtype=jnp.uint32)
             state, after, verdict = jax.eval_shape(step, decoder, look, seed)
             if _kinds(after) != _kinds(state):
                 raise OptionError(f"{name}.step: expected the state's shapes {state}, got {after}")
@@ -332,13 +338,13 @@ def _count(results: Any) -> str:
     return f"{len(results)} results" if several else f"one, a {type_name(results)}"
 
 
-def _all_ours(plug: Any) -> bool:
+def _all_ours(plug: object) -> bool:
     return all(
         _is_ours(kind) for kind in jax.tree.leaves(classes(plug)) if dataclasses.is_dataclass(kind) or kind is type(plug)
     )
 
 
-def _kinds(tree: Any) -> tuple:
+def _kinds(tree: object) -> tuple:
     leaves, structure = jax.tree.flatten(tree)
     return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
@@ -375,7 +381,7 @@ def bucket(length: int) -> int:
 def request(
     ids: Sequence[np.ndarray],
     seeds: Sequence[int],
-    config: Any,
+    config: Config,
     *,
     rows: int,
     gen_length: Sequence[int],
@@ -387,12 +393,12 @@ def request(
     early_stop: Sequence[bool],
     align_blocks: bool,
     plugs: Sequence[Plugs],
-) -> Request:
+) -> Request[np.ndarray]:
     """Lay the prompts out as canvases. Rows beyond the prompts have an empty canvas and never start."""
     empty = [0] * (rows - len(ids))
     prompt = np.array([*map(len, ids), *empty], np.int32)
     total = prompt + np.array([*gen_length, *empty], np.int32)
-    tokens = np.full((rows, bucket(int(total.max()))), config.eos_id, np.int32)
+    tokens = np.full((rows, bucket(int(np.max(total)))), config.eos_id, np.int32)
     for b, p in enumerate(ids):
         tokens[b, : len(p)] = p
         tokens[b, len(p) : total[b]] = config.mask_id
@@ -424,12 +430,12 @@ def _numbers(plugs: Sequence[Plugs], rows: int) -> tuple[np.ndarray, ...]:
     return tuple(np.stack([np.asarray(n, dtype_of(column[0])) for n in column]) for column in each)
 
 
-def dtype_of(number: Any) -> Any:
+def dtype_of(number: object) -> Any:
     """A plug's Python number as the program holds it."""
     return {bool: np.bool_, int: np.int32, float: np.float32}.get(type(number), getattr(number, "dtype", None))
 
 
-def check_memory(model: Model, ask: Request, plugs: Plugs, block: int) -> None:
+def check_memory(model: Model, ask: Request[np.ndarray], plugs: Plugs, block: int) -> None:
     """Refuse a batch whose carry and largest activations cannot fit the device; an estimate from below."""
     (rows, length), c = ask.tokens.shape, model.config
     # Under a mesh an estimate further from below: as if all of this were split evenly, too.
@@ -442,7 +448,7 @@ def check_memory(model: Model, ask: Request, plugs: Plugs, block: int) -> None:
         raise does_not_fit(ask, f"at least {need / 2**30:.1f} GiB, the device has {have / 2**30:.1f} GiB")
 
 
-def carried_bytes(model: Model, ask: Request, plugs: Plugs, block: int) -> dict[str, int]:
+def carried_bytes(model: Model, ask: Request[np.ndarray], plugs: Plugs, block: int) -> dict[str, int]:
     """Bytes of the large parts of the loop's carry: the decoder's state, the cache, the soft embeddings."""
     (rows, length), c = ask.tokens.shape, model.config
     decoder, policy, smoothing = plugs
@@ -457,7 +463,7 @@ def carried_bytes(model: Model, ask: Request, plugs: Plugs, block: int) -> dict[
     return sizes | {"decoder": sizes["decoder"] + numbers}
 
 
-def does_not_fit(ask: Request, need: str) -> BatchError:
+def does_not_fit(ask: Request[np.ndarray], need: str) -> BatchError:
     rows, length = ask.tokens.shape
     cure = "pass max_batch (it changes no answer)" if rows > 1 else "lower gen_length or block_length"
     return BatchError(f"{rows} prompts on a canvas of {length} need {need}; {cure}")

@@ -48,7 +48,7 @@ class Engine:
         canvas: int = 256,
         draws: bool = True,
         truncates: bool = False,
-        **options: Any,
+        **options: object,
     ) -> None:
         known_model(model)
         if model.mesh is not None:
@@ -74,7 +74,7 @@ class Engine:
         empty = empty._replace(numbers=numbers)
         check_memory(model, empty, asked.plugs, self._spec.block)
         self._lock, self._broken = threading.RLock(), False
-        self._waiting: dict[int, tuple[Request, tuple[str, ...]]] = {}
+        self._waiting: dict[int, tuple[Request[np.ndarray], tuple[str, ...]]] = {}
         self._rows = rows
         enable_cache()
         self._carry = self._call("start", start, empty)
@@ -87,7 +87,7 @@ class Engine:
 
     @with_own_settings
     @show_options()
-    def join(self, prompt: Any, **options: Any) -> int:
+    def join(self, prompt: object, **options: object) -> int:
         """Put one prompt into a free slot, whose number is returned. Takes the options of `djax.generate`.
 
         Raises `BatchError` if no slot is free, `CanvasError` for a request wider than the canvas, `OptionError` for one whose
@@ -110,7 +110,7 @@ class Engine:
             self._waiting[b] = request, asked.stops[0][0]
         return b
 
-    def _check(self, asked: Asked, request: Request) -> None:
+    def _check(self, asked: Asked, request: Request[np.ndarray]) -> None:
         total, ours, spec = int(request.total[0]), self._spec, asked.spec(self._model, request)
         if total > self._length:
             raise CanvasError(f"prompt and gen_length: {total} positions, the engine's canvas has {self._length}")

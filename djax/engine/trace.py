@@ -1,7 +1,7 @@
 """What happened in a decode, forward by forward: enough to replay it, draw it and learn from it."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -36,20 +36,24 @@ class Trace:
         return np.where(shown, canvas, mask_id)
 
 
-class Record(NamedTuple):
+# An array, on a device or on the host.
+A = TypeVar("A", bound=jax.Array | np.ndarray)
+
+
+class Record(NamedTuple, Generic[A]):
     """A trace being written, in the loop's carry: the fields of `Trace` with a batch axis, F wide enough for any decode."""
 
-    accepted_at: jax.Array
-    confidence: jax.Array
-    proposals: jax.Array
-    starts: jax.Array
-    whole: jax.Array
+    accepted_at: A
+    confidence: A
+    proposals: A
+    starts: A
+    whole: A
 
     @classmethod
-    def start(cls, batch: int, length: int, block: int, post_steps: int) -> "Record":
+    def start(cls, batch: int, length: int, block: int, post_steps: int) -> "Record[jax.Array]":
         # A turn runs two forwards at most, and accepts a token or is one of a block's post-steps.
         most = 2 * (length + -(-length // block) * post_steps)
-        return cls(
+        return Record(
             jnp.full((batch, length), -1, jnp.int32),
             jnp.zeros((batch, length), jnp.float32),
             jnp.zeros((batch, most, block), jnp.int32),
@@ -58,7 +62,7 @@ class Record(NamedTuple):
         )
 
     def add(
-        self,
+        self: "Record[Any]",
         forward: jax.Array,
         start: jax.Array,
         tokens: jax.Array,
@@ -66,7 +70,7 @@ class Record(NamedTuple):
         confidence: jax.Array,
         running: jax.Array,
         whole: bool,
-    ) -> "Record":
+    ) -> "Record[jax.Array]":
         """Record forward number `forward` `[B]` of the running rows: the block's start `[B]` and tokens `[B, S]`; which
         canvas positions it wrote `[B, L]`, and the confidence of each canvas position's token `[B, L]`."""
         # Rows that do not run write outside, where writing does nothing.
@@ -82,9 +86,9 @@ class Record(NamedTuple):
     def row(self, b: int, length: int, forwards: int) -> Trace:
         """The trace of row b (on the host): its canvas' positions and its forwards."""
         return Trace(
-            self.accepted_at[b, :length],
-            self.confidence[b, :length],
-            self.proposals[b, :forwards],
-            self.starts[b, :forwards],
-            self.whole[b, :forwards],
+            np.asarray(self.accepted_at[b, :length]),
+            np.asarray(self.confidence[b, :length]),
+            np.asarray(self.proposals[b, :forwards]),
+            np.asarray(self.starts[b, :forwards]),
+            np.asarray(self.whole[b, :forwards]),
         )

@@ -6,7 +6,6 @@ one C++ function.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec as P
@@ -17,6 +16,8 @@ from djax.kernels.sight import Sight
 from djax.runtime.sharding import split
 
 Pair = tuple[jax.Array, jax.Array]
+# The attended values, the window's keys and its values, as `attention` returns them.
+Attended = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def attention(
@@ -37,8 +38,8 @@ def attention(
     The back end is chosen when the program is lowered (`dispatch.TABLE`).
     """
     case = dispatch.Attention(qkv.shape[-1], qkv.dtype)
-    forms = {"Pallas": fused, "C++": on_cpu, "XLA": plain}
-    forms = {name: partial(form, eps=eps) for name, form in forms.items()}
+    back_ends: dict[str, Callable[..., Attended]] = {"Pallas": fused, "C++": on_cpu, "XLA": plain}
+    forms = {name: partial(form, eps=eps) for name, form in back_ends.items()}
     return dispatch.run(case, forms, qkv, norms, angles, sight, cached, cached_rank)
 
 
@@ -63,7 +64,7 @@ def plain(
     return attend(rotate(q, *angles), k, v, sight, cached, cached_rank), flat(k), flat(v)
 
 
-def fused(*arguments: Any, eps: float, interpret: bool = False) -> tuple[jax.Array, jax.Array, jax.Array]:
+def fused(*arguments: object, eps: float, interpret: bool = False) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`attention` as one Pallas kernel; arguments and gradient as `plain` has them.
 
     interpret: run the kernel's operations one by one, on any platform, for tests.
@@ -71,7 +72,7 @@ def fused(*arguments: Any, eps: float, interpret: bool = False) -> tuple[jax.Arr
     return _whole(partial(attention_gpu.call, eps=eps, interpret=interpret), arguments, eps)
 
 
-def on_cpu(*arguments: Any, eps: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+def on_cpu(*arguments: object, eps: float) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`attention` as one C++ function; arguments and gradient as `plain` has them."""
     return _whole(partial(attention_cpu.call, eps=eps), arguments, eps)
 
@@ -81,7 +82,7 @@ def _whole(call: Callable[..., tuple], arguments: tuple, eps: float) -> tuple[ja
     _, norms, _, sight, cached, cached_rank = arguments
 
     @jax.custom_vjp
-    def run(*arguments: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def run(*arguments: object) -> tuple[jax.Array, jax.Array, jax.Array]:
         if not split():
             return call(*arguments)
         heads, kv = P(None, None, "model"), P(None, "model")

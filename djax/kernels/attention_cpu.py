@@ -41,4 +41,5 @@ def call(
     fresh = jax.ShapeDtypeStruct((batch, groups, window * head_dim), qkv.dtype)
     out = jax.ShapeDtypeStruct((batch, window, groups * (slots - 2), head_dim), qkv.dtype)
     run = jax.ffi.ffi_call(native.target("djax_attention", qkv.dtype), (out, fresh, fresh), vmap_method="sequential")
-    return tuple(run(*arguments, eps=np.float32(eps)))
+    attended, k, v = run(*arguments, eps=np.float32(eps))
+    return attended, k, v

@@ -47,7 +47,7 @@ def call(
         inputs |= dict(zip(("cached_k", "cached_v"), layers, strict=True)) | {"cached_rank": cached_rank}
     fresh = jax.ShapeDtypeStruct((batch, groups, window, head_dim), qkv.dtype)
 
-    def kernel(*refs: Any) -> None:
+    def kernel(*refs: jax.Ref) -> None:
         _kernel(*refs[-3:], **dict(zip(inputs, refs, strict=False)), eps=eps)
 
     out, k, v = pl.pallas_call(
@@ -62,22 +62,22 @@ def call(
 
 
 def _kernel(
-    out: Any,
-    k_out: Any,
-    v_out: Any,
+    out: jax.Ref,
+    k_out: jax.Ref,
+    v_out: jax.Ref,
     *,
-    qkv: Any,
-    rank: Any,
-    cos: Any,
-    sin: Any,
-    q_norm: Any = None,
-    k_norm: Any = None,
-    cached_k: Any = None,
-    cached_v: Any = None,
-    cached_rank: Any = None,
-    context: Any = None,
-    copy: Any = None,
-    own: Any = None,
+    qkv: jax.Ref,
+    rank: jax.Ref,
+    cos: jax.Ref,
+    sin: jax.Ref,
+    q_norm: jax.Ref | None = None,
+    k_norm: jax.Ref | None = None,
+    cached_k: jax.Ref | None = None,
+    cached_v: jax.Ref | None = None,
+    cached_rank: jax.Ref | None = None,
+    context: jax.Ref | None = None,
+    copy: jax.Ref | None = None,
+    own: jax.Ref | None = None,
     eps: float,
 ) -> None:
     """One head's queries of one tile against all keys, with a running maximum and sum (online softmax, arXiv 1805.02867).
@@ -99,7 +99,7 @@ def _kernel(
         there = n * size + jnp.arange(size) < length
         return pl.ds(n * size, size), there, partial(plgpu.load, mask=there[:, None], other=0)
 
-    def rotated(at: Any, rows: Any, slot: Any, norm: Any) -> tuple[jax.Array, jax.Array]:
+    def rotated(at: Any, rows: Any, slot: Any, norm: jax.Ref | None) -> tuple[jax.Array, jax.Array]:
         """Rows of a slot as `rotate(rms_norm(...))` gives them, in halves; rounded where those round."""
         one, two = (rows(qkv.at[b, at, group, slot, part]) for part in (low, high))
         if norm is not None:
@@ -112,7 +112,7 @@ def _kernel(
     mine, there, rows = tile(t, QUERIES, window)
     q_low, q_high = rotated(mine, rows, slot, q_norm)
 
-    def of_queries(numbers: Any, default: int) -> Any:
+    def of_queries(numbers: jax.Ref | None, default: int) -> Any:
         """A vector of `Sight` at this tile's queries."""
         return default if numbers is None else plgpu.load(numbers.at[b, mine], mask=there, other=0)[:, None]
 
@@ -128,6 +128,7 @@ def _kernel(
         return higher, total * shrink + jnp.sum(weights, axis=1), sums
 
     def from_cache(n: jax.Array, carry: tuple) -> tuple:
+        assert cached_k is not None and cached_v is not None and cached_rank is not None, "all or none"
         at, there, rows = tile(n, CACHED, cached_rank.shape[1])
         k_low, k_high = (rows(cached_k.at[b, group, at, part]) for part in (low, high))
         ranks = plgpu.load(cached_rank.at[b, at], mask=there, other=HIDDEN_RANK)[None, :]

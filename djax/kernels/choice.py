@@ -14,7 +14,8 @@ ENVIRONMENT = "DJAX_KERNELS"
 # "djax": djax's own kernels, Pallas on a GPU and C++ on a CPU. "portable": those of them that run
 # in a process without djax. "xla": XLA's operations alone, to compare with, or in doubt.
 Kernels = Literal["djax", "portable", "xla"]
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 # A context of jax: of each thread its own, and part of the key under which jax caches a trace.
 _traced = jax.make_user_context("djax")
 
@@ -25,9 +26,11 @@ def read_choice() -> Kernels:
     Raises `OptionError` for a value that is neither "djax" nor "xla".
     """
     choice = os.environ.get(ENVIRONMENT, "djax")
-    if choice not in ("djax", "xla"):
-        raise OptionError(f"{ENVIRONMENT}: expected 'djax' or 'xla', got {choice!r}")
-    return choice
+    if choice == "djax":
+        return "djax"
+    if choice == "xla":
+        return "xla"
+    raise OptionError(f"{ENVIRONMENT}: expected 'djax' or 'xla', got {choice!r}")
 
 
 def restrict_to_portable(kernels: Kernels) -> Kernels:

@@ -42,7 +42,7 @@ class Attention(NamedTuple):
     """Attention of heads `head_dim` wide, in this dtype."""
 
     head_dim: int
-    dtype: Any
+    dtype: jax.typing.DTypeLike
 
 
 class Experts(NamedTuple):
@@ -51,8 +51,8 @@ class Experts(NamedTuple):
 
     tokens: int
     w_in: tuple[int, ...]
-    dtype: Any
-    held: Any
+    dtype: jax.typing.DTypeLike
+    held: jax.typing.DTypeLike
 
 
 class Product(NamedTuple):
@@ -61,21 +61,21 @@ class Product(NamedTuple):
 
     summed: int
     outs: int
-    dtype: Any
-    held: Any
+    dtype: jax.typing.DTypeLike
+    held: jax.typing.DTypeLike
 
 
 class Peaks(NamedTuple):
     """The likeliest tokens of logits over so many tokens, in this dtype."""
 
     vocab: int
-    dtype: Any
+    dtype: jax.typing.DTypeLike
 
 
 class Exclude(NamedTuple):
     """Tokens struck from logits of this dtype."""
 
-    dtype: Any
+    dtype: jax.typing.DTypeLike
 
 
 Case = Attention | Experts | Product | Peaks | Exclude
@@ -105,7 +105,7 @@ class Choice(NamedTuple):
     refused: tuple[tuple[BackEnd, str], ...]
 
 
-def _refuse_library(dtype: Any, held: Any, site: Site) -> str | None:
+def _refuse_library(dtype: jax.typing.DTypeLike, held: jax.typing.DTypeLike, site: Site) -> str | None:
     """Why a program has no C++ functions of djax's. What the machine has is asked last, since the
     first answer takes a compiler seconds."""
     if site.kernels == "xla":
@@ -227,7 +227,7 @@ def choose(case: Case, platform: str, site: Site) -> Choice:
     whether this machine has djax's C++ functions (`native.why_not`), which never changes.
     """
     platform = "cuda" if platform == "gpu" else platform
-    refused = []
+    refused: list[tuple[BackEnd, str]] = []
     for back_end in TABLE[type(case)]:
         if back_end.platform not in (platform, ANY):
             continue
@@ -260,7 +260,7 @@ def foresee_site(kernels: Kernels, mesh: Mesh | None) -> Site:
     return Site(kernels, jax.default_backend(), layers_split)
 
 
-def run(case: Case, forms: Mapping[str, Callable[..., Any]], *arguments: Any) -> Any:
+def run(case: Case, forms: Mapping[str, Callable[..., Any]], *arguments: object) -> Any:
     """The form that `choose` names, on these arguments; forms: one for each back end of the case.
 
     The site is found now, while tracing; the platform is known once the program is lowered.

@@ -40,7 +40,7 @@ def experts(x: jax.Array, routing: Routing, w_in: Weights, w_out: Weights, valid
     replicated.
     """
     held = values(w_in)
-    forms = {
+    forms: dict[str, Callable[..., jax.Array]] = {
         "Pallas": partial(grouped, summed=experts_gpu.summed),
         "dense Pallas": dense_kernel,
         "C++": partial(grouped, summed=experts_cpu.summed),
@@ -127,7 +127,7 @@ def grouped(
     return shards(x.astype(across), routing.weights, ids, w_in, w_out).astype(dtype)
 
 
-def _dtype_of_sums(dtype: Any) -> Any:
+def _dtype_of_sums(dtype: jax.typing.DTypeLike) -> Any:
     """The dtype in which a `shard_map` adds values of this one over devices.
 
     Float32 on a CPU. XLA's CPU compiler aborts the process on a bfloat16 sum that a `shard_map` with automatic axes makes:

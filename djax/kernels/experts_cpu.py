@@ -43,8 +43,9 @@ def summed(x: jax.Array, weights: jax.Array, ids: jax.Array, w_in: Weights, w_ou
 def _call(x: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights, gates: jax.Array | None = None) -> jax.Array:
     """The sums; without gates the outputs of each choice, `[T, J, D]`."""
     _, width, both = w_in.shape
-    scales = tuple(jnp.zeros(shape, jnp.float32) for shape in ((0, 1, both), (0, both // 2, 1)))
-    if isinstance(w_in, Int8):
+    none = jnp.zeros((0, 1, both), jnp.float32), jnp.zeros((0, both // 2, 1), jnp.float32)
+    scales = none
+    if isinstance(w_in, Int8) and isinstance(w_out, Int8):
         scales = w_in.scale, w_out.scale
     rows = ids.shape if gates is None else ids.shape[:1]
     gates = jnp.zeros((0, ids.shape[1]), jnp.float32) if gates is None else gates

@@ -61,7 +61,7 @@ def _run(x: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights, interpret:
     token = (groups.order[jnp.minimum(place, ids.size - 1)] // choices).astype(jnp.int32).reshape(-1)
 
     def call(kernel: Any, out_width: int, name: str, **inputs: jax.Array) -> jax.Array:
-        def run(*refs: Any) -> None:
+        def run(*refs: jax.Ref) -> None:
             kernel(refs[-1], count=count, **dict(zip(inputs, refs, strict=False)))
 
         return pl.pallas_call(
@@ -75,7 +75,9 @@ def _run(x: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights, interpret:
         )(*inputs.values())
 
     # The second matrices' scales belong to the hidden features, so they, too, are for the first kernel.
-    scales = {"in_scale": w_in.scale, "out_scale": w_out.scale} if isinstance(w_in, Int8) else {}
+    scales = {}
+    if isinstance(w_in, Int8) and isinstance(w_out, Int8):
+        scales = {"in_scale": w_in.scale, "out_scale": w_out.scale}
     h = call(_into, both // 2, "experts_in", expert=expert, token=token, x=x, w_in=values(w_in), **scales)
     y = call(_out_of, width, "experts_out", expert=expert, h=h, w_out=values(w_out))
     flat = ids.reshape(-1)
@@ -86,7 +88,15 @@ def _run(x: jax.Array, ids: jax.Array, w_in: Weights, w_out: Weights, interpret:
 
 
 def _into(
-    h: Any, *, expert: Any, token: Any, x: Any, w_in: Any, in_scale: Any = None, out_scale: Any = None, count: int
+    h: jax.Ref,
+    *,
+    expert: jax.Ref,
+    token: jax.Ref,
+    x: jax.Ref,
+    w_in: jax.Ref,
+    in_scale: jax.Ref | None = None,
+    out_scale: jax.Ref | None = None,
+    count: int,
 ) -> None:
     """COLUMNS of gated(rows @ w_in) of one tile; the rows are read where the tokens lie."""
     from jax.experimental import pallas as pl
@@ -108,14 +118,14 @@ def _into(
 
         zero = jnp.zeros((ROWS, COLUMNS), jnp.float32)
         gate, up = jax.lax.fori_loop(0, x.shape[1] // DEEP, turn, (zero, zero))
-        if in_scale is not None:
+        if in_scale is not None and out_scale is not None:
             others = pl.ds(h.shape[1] + n * COLUMNS, COLUMNS)
             gate = gate * in_scale[e, 0, columns][None, :]
             up = up * (in_scale[e, 0, others] * out_scale[e, columns, 0])[None, :]
         h[mine, columns] = (jax.nn.silu(gate) * up).astype(h.dtype)
 
 
-def _out_of(y: Any, *, expert: Any, h: Any, w_out: Any, count: int) -> None:
+def _out_of(y: jax.Ref, *, expert: jax.Ref, h: jax.Ref, w_out: jax.Ref, count: int) -> None:
     """COLUMNS of h @ w_out of one tile."""
     from jax.experimental import pallas as pl
 
@@ -162,10 +172,10 @@ def _run_hidden(x: jax.Array, gates: jax.Array, w_in: Weights, w_out: Weights, i
     (tokens, _), (count, _, both) = x.shape, w_in.shape
     rows = min(WINDOW_ROWS, max(16, pl.next_power_of_2(tokens)))
     inputs = {"x": x, "gates": gates, "w_in": values(w_in)}
-    if isinstance(w_in, Int8):
+    if isinstance(w_in, Int8) and isinstance(w_out, Int8):
         inputs |= {"in_scale": w_in.scale, "out_scale": w_out.scale}
 
-    def kernel(*refs: Any) -> None:
+    def kernel(*refs: jax.Ref) -> None:
         _hidden(refs[-1], rows=rows, **dict(zip(inputs, refs, strict=False)))
 
     return pl.pallas_call(
@@ -178,7 +188,16 @@ def _run_hidden(x: jax.Array, gates: jax.Array, w_in: Weights, w_out: Weights, i
     )(*inputs.values())
 
 
-def _hidden(h: Any, *, x: Any, gates: Any, w_in: Any, in_scale: Any = None, out_scale: Any = None, rows: int) -> None:
+def _hidden(
+    h: jax.Ref,
+    *,
+    x: jax.Ref,
+    gates: jax.Ref,
+    w_in: jax.Ref,
+    in_scale: jax.Ref | None = None,
+    out_scale: jax.Ref | None = None,
+    rows: int,
+) -> None:
     """COLUMNS of one expert's hidden rows."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu
@@ -196,7 +215,7 @@ def _hidden(h: Any, *, x: Any, gates: Any, w_in: Any, in_scale: Any = None, out_
     zero = jnp.zeros((rows, COLUMNS), jnp.float32)
     gate, up = jax.lax.fori_loop(0, x.shape[1] // DEEP, turn, (zero, zero))
     weight = plgpu.load(gates.at[mine, e], mask=there, other=0)[:, None]
-    if in_scale is not None:
+    if in_scale is not None and out_scale is not None:
         gate = gate * in_scale[e, 0, columns][None, :]
         up = up * (in_scale[e, 0, others] * out_scale[e, columns, 0])[None, :]
     plgpu.store(h.at[mine, e, columns], (jax.nn.silu(gate) * up * weight).astype(h.dtype), mask=there[:, None])

@@ -52,7 +52,7 @@ class _Tiles:
         choices = self.order.size // len(pairs)
         return jnp.pad(pairs[self.order // choices], ((0, max(self.widths)), (0, 0)))
 
-    def fold(self, run: Callable[..., Any], carry: Any) -> Any:
+    def fold(self, run: Callable[..., Any], carry: object) -> Any:
         """carry = run(width, expert, row, own, carry) for every tile: its expert, its first row, and bool `[width, 1]`,
         the rows that are the expert's own. Wide tiles come first."""
         first = self.starts
@@ -61,7 +61,7 @@ class _Tiles:
             tiles = -(-rows // width) if width == self.widths[-1] else rows // width
             tile_ends = jnp.cumsum(tiles)
 
-            def turn(j: jax.Array, carry: Any, width: int = width, at: tuple = (first, tile_ends - tiles, tile_ends)) -> Any:
+            def turn(j: jax.Array, carry: object, width: int = width, at: tuple = (first, tile_ends - tiles, tile_ends)) -> Any:
                 first, tile_starts, tile_ends = at
                 expert = jnp.sum(tile_ends <= j)
                 row = first[expert] + (j - tile_starts[expert]) * width

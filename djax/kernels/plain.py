@@ -63,6 +63,7 @@ def attend(
 
     parts = [(scores(q, k, sight.sees_fresh()), v)]
     if cached is not None:
+        assert cached_rank is not None, "cached keys come with their ranks"
         cached_k, cached_v = (a.reshape(batch, groups, -1, head_dim) for a in cached)
         # XLA would join two products with one left side, and copy the cache beside the window's keys to do so.
         parts.append((scores(jax.lax.optimization_barrier(q), cached_k, sight.sees_cached(cached_rank)), cached_v))
@@ -73,5 +74,6 @@ def attend(
         jnp.einsum("bghwl,bglk->bghwk", p.astype(v.dtype), values, preferred_element_type=jnp.float32)
         for p, (_, values) in zip(weights, parts, strict=True)
     )
+    assert isinstance(total, jax.Array) and isinstance(out, jax.Array), "sums of at least one part"
     out = (out / total[..., None]).astype(v.dtype)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, window, heads, head_dim)

@@ -3,7 +3,7 @@
 The vocabulary is what a decoder spends its time on, so each pass over it counts.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,10 +52,12 @@ def _fused_peaks(logits: jax.Array, mask_id: jax.Array) -> Peaks:
 @_fused_peaks.def_vmap
 def _flatten_peaks(size: int, batched: list, logits: jax.Array, mask_id: jax.Array) -> tuple[Peaks, Peaks]:
     """All rows in one call of the kernel, which takes rows of logits and one mask id."""
+    # In the place of each result, whether it is batched.
+    each: Any = Peaks._make([True] * 4)
     if batched == [True, False]:
-        return _fused_peaks(logits, mask_id), Peaks(*[True] * 4)
+        return _fused_peaks(logits, mask_id), each
     mapped = jax.vmap(plain_peaks, [0 if one else None for one in batched])
-    return mapped(logits, mask_id), Peaks(*[True] * 4)
+    return mapped(logits, mask_id), each
 
 
 @jax.custom_vjp

@@ -1,6 +1,6 @@
 """A matrix of weights as a product reads it: an array, or int8 values with a float32 scale for each channel."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def values(w: Weights) -> jax.Array:
     return w.values if isinstance(w, Int8) else w
 
 
-def at(w: Weights, index: Any) -> Weights:
+def at(w: Weights, index: object) -> Weights:
     """w[index] along the first axes."""
     return Int8(w.values[index], w.scale[index]) if isinstance(w, Int8) else w[index]
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from djax.kernels import dispatch
 from djax.kernels.choice import without_kernels
 from djax.kernels.sight import Sight
+from djax.models.contract import Config, DType, ExpertConfig, Params
 from djax.models.layers import Cache, by_head
 from djax.models.sight import Visibility
 from djax.models.transformer import Transformer
@@ -36,7 +37,7 @@ class Family:
 
     name: str
     architectures: tuple[str, ...]
-    config_type: Any
+    config_type: type[Config]
     network: type[Transformer]
     layouts: Callable[[Any], dict[str, list]]
     mask_id: int
@@ -47,27 +48,27 @@ class Family:
     caches: bool = True
     smooths: bool = True
 
-    def abstract(self, config: Any, dtype: Any) -> Any:
+    def abstract(self, config: Config, dtype: DType) -> Params:
         """The parameters' tree without values: boxed `ShapeDtypeStruct`s that know their logical axes."""
         tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
         with without_kernels():
             return jax.eval_shape(self.network(config, dtype).init, make_key(0), tokens, tokens)["params"]
 
-    def init(self, config: Any, key: jax.Array, dtype: Any = jnp.float32) -> Any:
+    def init(self, config: Config, key: jax.Array, dtype: DType = jnp.float32) -> Params:
         """Random parameters, normal with variance 1 / fan-in."""
         tokens = jnp.zeros((1, 2), jnp.int32)
         with without_kernels():
             variables = jax.jit(self.network(config, dtype).init)(key, tokens, tokens)
         return nn.meta.unbox(variables["params"])
 
-    def embed(self, params: Any, config: Any, tokens: jax.Array) -> jax.Array:
+    def embed(self, params: Params, config: Config, tokens: jax.Array) -> jax.Array:
         """int32 `[B, W]` -> `[B, W, D]` in the parameters' dtype."""
-        return self.network(config).apply({"params": params}, tokens, method="embed")
+        return self._apply(params, config, tokens, method="embed")
 
     def trunk(
         self,
-        params: Any,
-        config: Any,
+        params: Params,
+        config: Config,
         x: jax.Array,
         positions: jax.Array,
         sight: Sight,
@@ -81,10 +82,10 @@ class Family:
         Returns the normalised output `[B, W, D]` and each layer's fresh (k, v), `[B, G, W * K]`, k after rotary.
         Invariant: a window over tokens unchanged since the cache was filled gives the full forward's output at its positions.
         """
-        return self.network(config).apply({"params": params}, x, positions, sight, cache, method="trunk")
+        return self._apply(params, config, x, positions, sight, cache, method="trunk")
 
     def trunk_with_routing(
-        self, params: Any, config: Any, x: jax.Array, positions: jax.Array, sight: Sight, *, remat: bool = False
+        self, params: Params, config: Config, x: jax.Array, positions: jax.Array, sight: Sight, *, remat: bool = False
     ) -> tuple[jax.Array, list]:
         """`trunk` without cache, for training, and the router's choice of each layer that has one (probabilities `[T, E]`, ids
         `[T, J]`). remat: a layer's activations are computed again for its gradient, not kept."""
@@ -93,14 +94,18 @@ class Family:
         layers = (collected.get("routing", {}).get(f"layer_{n}") for n in range(config.layers))
         return x, [layer["choice"][0] for layer in layers if layer]
 
-    def unembed(self, params: Any, config: Any, x: jax.Array) -> jax.Array:
+    def unembed(self, params: Params, config: Config, x: jax.Array) -> jax.Array:
         """`[B, W, D]` -> float32 logits `[B, W, V]`."""
-        return self.network(config).apply({"params": params}, x, method="unembed")
+        return self._apply(params, config, x, method="unembed")
+
+    def _apply(self, params: Params, config: Config, *arguments: object, method: str) -> Any:
+        """What a method of the network returns; by flax's stubs it could be with what it collected."""
+        return self.network(config).apply({"params": params}, *arguments, method=method)
 
     def expected_embedding(
         self,
-        params: Any,
-        config: Any,
+        params: Params,
+        config: Config,
         x: jax.Array,
         top: int | None = None,
         logits: jax.Array | None = None,
@@ -130,13 +135,13 @@ class Family:
         expected = jax.lax.map(lambda x: expect(self.unembed(params, config, x)), padded)
         return expected.reshape(-1, x.shape[-1])[: len(flat)].reshape(x.shape)
 
-    def empty_cache(self, params: Any, config: Any, batch: int, length: int) -> tuple[tuple[jax.Array, jax.Array], ...]:
+    def empty_cache(self, params: Params, config: Config, batch: int, length: int) -> tuple[tuple[jax.Array, jax.Array], ...]:
         """Zeroed keys and values of a canvas: one (k, v) a layer, `[B, G, L * K]` in the parameters' dtype."""
         shape = (batch, config.groups, length * config.head_dim)
         dtype = params["embedding"].dtype
         return tuple((by_head(jnp.zeros(shape, dtype)), by_head(jnp.zeros(shape, dtype))) for _ in range(config.layers))
 
-    def back_ends(self, config: Any, site: dispatch.Site, dtype: jnp.dtype, held: jnp.dtype) -> dict[str, str]:
+    def back_ends(self, config: Config, site: dispatch.Site, dtype: jnp.dtype, held: jnp.dtype) -> dict[str, str]:
         """What computes each kind of layer in a program of this site, for people to read.
 
         dtype: of what is computed; held: of the matrices.
@@ -144,6 +149,7 @@ class Family:
         found = {"attention": dispatch.describe(dispatch.Attention(config.head_dim, dtype), site)}
         if not self.has_experts:
             return found
+        assert isinstance(config, ExpertConfig), "has_experts"
         w_in = (config.experts, config.width, 2 * config.expert_width)
         # Of the most tokens at once, whose description holds for fewer, too.
         case = dispatch.Experts(dispatch.DENSE + 1, w_in, dtype, held)

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from djax.errors import UnsupportedModelError, list_problems, shorten
+from djax.models.contract import Config
 
 # Programs count positions, tokens and what they add to them in 32 bits, XLA and numpy count bytes in 64.
 _MOST, _MOST_ELEMENTS = 2**30, 2**48
 
 
-def list_settings(config: Any) -> dict[str, Any]:
+def list_settings(config: Config) -> dict[str, Any]:
     """A family's Config as JSON values. more_eos_ids is listed only if there are any, so that everything which was
     written or hashed of a config with one EOS id stays as it is."""
     settings = dataclasses.asdict(config)
@@ -41,14 +42,15 @@ class Reader:
         self._family, self._hf = family, hf
         self.wrong = [f"{k}={_show(hf[k])} (implemented: {ok[0]!r})" for k, ok in only.items() if k in hf and hf[k] not in ok]
 
-    def __call__(self, key: str, kind: type, default: Any = None) -> Any:
+    def __call__(self, key: str, kind: type, default: object = None) -> Any:
         """A positive number of this kind; `default` where the key is absent or null and there is a default."""
         return self._number(key, self._hf.get(key), kind, default)
 
     def _number(self, key: str, value: Any, kind: type, default: Any) -> Any:
         value = default if value is None else value
         most = _MOST if kind is int else 2**53
-        good = isinstance(value, int | kind) and not isinstance(value, bool) and 0 < value <= most
+        is_number = isinstance(value, int | kind) and not isinstance(value, bool)
+        good = is_number and 0 < value <= most
         if not good:
             what = f"whole number up to {most}" if isinstance(value, int) and value > most else "whole number"
             self.wrong.append(f"{key}={_show(value)} (expected: a positive {what if kind is int else 'number'})")
@@ -117,5 +119,5 @@ class Reader:
             )
 
 
-def _show(value: Any) -> str:
+def _show(value: object) -> str:
     return shorten(repr(value))

@@ -96,6 +96,8 @@ class Config(EndIds):
 class LLaDA(Transformer):
     """Every layer is alike."""
 
+    config: Config
+
     full_rotary = True
 
     def layer(self, n: int) -> "DenseLayer":
@@ -104,6 +106,8 @@ class LLaDA(Transformer):
 
 class DenseLayer(Layer):
     """The feed-forward part is one gated MLP."""
+
+    config: Config
 
     head_norms = False
 

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 
 from djax.convert import llada2
 from djax.kernels.experts import experts
+from djax.kernels.weights import values
 from djax.models import moe
 from djax.models.family import Family
 from djax.models.hf import EndIds, Reader
-from djax.models.transformer import Layer, Transformer
+from djax.models.transformer import Layer, Transformer, box
 
 # Values that LLaDA2 leaves so. Anything else changes the forward pass, so it is refused, not ignored.
 _ONLY = {
@@ -123,6 +124,8 @@ class Config(EndIds):
 class LLaDA2(Transformer):
     """Dense layers first, then layers with experts."""
 
+    config: Config
+
     @property
     def rotated(self) -> int:
         return self.config.rotated
@@ -135,6 +138,8 @@ class LLaDA2(Transformer):
 class DenseLayer(Layer):
     """The feed-forward part is one gated MLP."""
 
+    config: Config
+
     def feed_forward(self, h: jax.Array, valid: jax.Array) -> jax.Array:
         return self.mlp("mlp", h, self.config.dense_width)
 
@@ -142,17 +147,17 @@ class DenseLayer(Layer):
 class MoELayer(Layer):
     """The feed-forward part is the chosen experts and the shared one."""
 
+    config: Config
+
     def feed_forward(self, h: jax.Array, valid: jax.Array) -> jax.Array:
         c = self.config
         flat = h.reshape(-1, c.width)
         router = self.matrix("router", (c.width, c.experts), ("embed", None), c.width)
         # Float32 in a narrower model, too: it decides between scores that differ by little.
-        bias = self.param(
-            "router_bias", nn.with_logical_partitioning(nn.initializers.zeros, (None,)), (c.experts,), jnp.float32
-        )
+        bias = self.param("router_bias", box(nn.initializers.zeros, (None,)), (c.experts,), jnp.float32)
         w_in = self.matrix("w_in", (c.experts, c.width, 2 * c.expert_width), ("expert", "embed", None), c.width)
         w_out = self.matrix("w_out", (c.experts, c.expert_width, c.width), ("expert", None, "embed"), c.expert_width)
-        routing = moe.route_in_groups(flat, router, bias, c.top, c.expert_groups, c.top_groups, c.router_scale)
+        routing = moe.route_in_groups(flat, values(router), bias, c.top, c.expert_groups, c.top_groups, c.router_scale)
         self.sow("routing", "choice", (routing.probs, routing.ids))
         y = experts(flat, routing, w_in, w_out, valid.reshape(-1)).reshape(h.shape)
         return y + self.mlp("shared", h, c.expert_width)

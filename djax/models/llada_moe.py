@@ -11,6 +11,7 @@ import jax
 
 from djax.convert import llada_moe
 from djax.kernels.experts import experts
+from djax.kernels.weights import values
 from djax.models import moe
 from djax.models.family import Family
 from djax.models.hf import EndIds, Reader
@@ -100,6 +101,8 @@ class Config(EndIds):
 class LLaDAMoE(Transformer):
     """Every layer is alike."""
 
+    config: Config
+
     def layer(self, n: int) -> "MoELayer":
         return MoELayer(self.config, self.dtype, name=f"layer_{n}")
 
@@ -107,13 +110,15 @@ class LLaDAMoE(Transformer):
 class MoELayer(Layer):
     """The feed-forward part is experts, chosen by a softmax over all of them."""
 
+    config: Config
+
     def feed_forward(self, h: jax.Array, valid: jax.Array) -> jax.Array:
         c = self.config
         flat = h.reshape(-1, c.width)
         router = self.matrix("router", (c.width, c.experts), ("embed", None), c.width)
         w_in = self.matrix("w_in", (c.experts, c.width, 2 * c.expert_width), ("expert", "embed", None), c.width)
         w_out = self.matrix("w_out", (c.experts, c.expert_width, c.width), ("expert", None, "embed"), c.expert_width)
-        routing = moe.route(flat, router, c.top, c.renormalise)
+        routing = moe.route(flat, values(router), c.top, c.renormalise)
         # Collected only where a caller asks for it (the trainer's load-balancing loss).
         self.sow("routing", "choice", (routing.probs, routing.ids))
         return experts(flat, routing, w_in, w_out, valid.reshape(-1)).reshape(h.shape)

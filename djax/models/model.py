@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,15 +17,17 @@ from jax.sharding import Mesh, NamedSharding
 from djax.checks import reading, show, type_name, whole_number
 from djax.errors import BatchError, CanvasError, OptionError, PromptError
 from djax.kernels.choice import Kernels, read_choice, use_kernels
+from djax.models.contract import Config, Params
 from djax.models.family import Family
 from djax.models.quantized import SCALE
-from djax.models.sight import see
+from djax.models.sight import Visibility, see
 from djax.runtime.compilation import enable_cache
 from djax.runtime.process import own_settings, with_own_settings
 from djax.runtime.programs import PROGRAMS, kinds
 from djax.runtime.sharding import DATA
 from djax.runtime.sharding import mesh as make_mesh
 from djax.text import prompts
+from djax.text.contract import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,9 +40,9 @@ class Model:
     """
 
     family: Family
-    config: Any
-    params: Any
-    tokenizer: Any
+    config: Config
+    params: Params
+    tokenizer: Tokenizer | None
     hf_config: Mapping[str, Any]
     stored: Mapping[str, str]
     mesh: Mesh | None = None
@@ -65,7 +67,7 @@ class Model:
         return 1 if self.mesh is None else self.mesh.shape[DATA]
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype[Any]:
         """Of every parameter, and of what is computed; where a model is quantised, of those that are not."""
         return self.params["embedding"].dtype
 
@@ -100,7 +102,14 @@ class Model:
 
 @with_own_settings
 def _rebuild(
-    family: Family, config: Any, params: Any, tokenizer: Any, hf_config: dict, stored: dict, axes: dict | None, specs: Any
+    family: Family,
+    config: Config,
+    params: Params,
+    tokenizer: Tokenizer | None,
+    hf_config: dict,
+    stored: dict,
+    axes: dict | None,
+    specs: object,
 ) -> Model:
     """A model from what `Model.__reduce__` gives, on one device or on a mesh of the same shape."""
     mesh = None if axes is None else make_mesh(**axes)
@@ -109,7 +118,7 @@ def _rebuild(
     return Model(family, config, params, tokenizer, hf_config, stored, mesh)
 
 
-def known_model(model: Any) -> None:
+def known_model(model: object) -> None:
     """`OptionError` for anything but a model."""
     if not issubclass(type(model), Model):
         raise OptionError(f"model: expected a djax.Model, as djax.load() returns, got {show(model)} of type {type_name(model)}")
@@ -138,23 +147,24 @@ def computing(model: Model, kernels: Kernels | None = None) -> Iterator[None]:
 
 
 def _logits(
-    params: Any,
+    params: Params,
     tokens: jax.Array,
     lengths: jax.Array,
-    block: jax.Array | None,
+    block: jax.Array | np.int32 | None,
     *,
     family: Family,
-    config: Any,
+    config: Config,
 ) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     valid = positions < lengths[:, None]
-    sight = see("all" if family.visibility == "blocks" and block is None else family.visibility, positions, valid, block)
+    visibility: Visibility = "all" if family.visibility == "blocks" and block is None else family.visibility
+    sight = see(visibility, positions, valid, block)
     x, _ = family.trunk(params, config, family.embed(params, config, tokens), positions, sight)
     return family.unembed(params, config, x)
 
 
 @with_own_settings
-def logits(model: Model, tokens: Any, lengths: Any = None, *, block_length: int | None = None) -> jax.Array:
+def logits(model: Model, tokens: object, lengths: object = None, *, block_length: int | None = None) -> jax.Array:
     """The plain full-canvas forward: token ids int `[B, L]` -> float32 `[B, L, V]`.
 
     lengths int `[B]` says how many leading tokens of each row are real (default: all); what follows is seen by nobody
@@ -179,7 +189,7 @@ def logits(model: Model, tokens: Any, lengths: Any = None, *, block_length: int 
     enable_cache()
     kernels = read_choice()
     # A function of its own, so that jax's caches let go of it with the program.
-    program = partial(_logits, family=model.family, config=model.config)
+    program: Callable[..., jax.Array] = partial(_logits, family=model.family, config=model.config)
     arguments = (model.params, tokens.astype(np.int32), lengths.astype(np.int32), block)
     with computing(model, kernels):
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(model.params)):
@@ -253,10 +263,9 @@ def _rectangle(rows: np.ndarray | list[np.ndarray] | None, name: str) -> np.ndar
     return rows
 
 
-def _lengths(lengths: Any, rows: int, length: int) -> np.ndarray:
+def _lengths(lengths: object, rows: int, length: int) -> np.ndarray:
     """How many tokens of each row are real, `[B]`, or `PromptError`."""
     found = prompts.whole_rows(lengths, "lengths", PromptError)
-    whole = isinstance(found, np.ndarray) and found.shape == (rows,)
-    if not whole or found.min() < 1 or found.max() > length:
+    if not isinstance(found, np.ndarray) or found.shape != (rows,) or found.min() < 1 or found.max() > length:
         raise PromptError(f"lengths: expected {rows} integers from 1 to {length}, got {show(lengths)}")
     return found

@@ -11,6 +11,7 @@ from djax.kernels.linear import linear
 from djax.kernels.plain import rms_norm
 from djax.kernels.sight import Sight
 from djax.kernels.weights import Int8, Weights, product
+from djax.models.contract import Config, DType
 from djax.models.layers import Cache, replicated, rotary_angles
 from djax.models.quantized import SCALE
 
@@ -22,8 +23,8 @@ class Transformer(nn.Module):
     full_rotary: queries and keys are rotated in float32 in a narrower model, too.
     """
 
-    config: Any
-    dtype: Any = jnp.float32
+    config: Config
+    dtype: DType = jnp.float32
     remat: bool = False
 
     full_rotary: ClassVar[bool] = False
@@ -41,7 +42,7 @@ class Transformer(nn.Module):
         c = self.config
         self.embedding = self._matrix("embedding", (c.vocab, c.width), ("vocab", "embed"))
         self.blocks = [self.layer(n) for n in range(c.layers)]
-        self.norm = self.param("norm", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (c.width,), self.dtype)
+        self.norm: jax.Array = self.param("norm", box(nn.initializers.ones, ("embed",)), (c.width,), self.dtype)
         self.head = self._matrix("head", (c.width, c.vocab), ("embed", "vocab"))
 
     def _matrix(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
@@ -63,7 +64,7 @@ class Transformer(nn.Module):
         c = self.config
         angles = rotary_angles(positions, c.head_dim, c.rope_theta, self.rotated)
         if not self.full_rotary:
-            angles = tuple(a.astype(x.dtype) for a in angles)
+            angles = angles[0].astype(x.dtype), angles[1].astype(x.dtype)
         fresh = []
         run = nn.remat(_run) if self.remat else _run
         for n, layer in enumerate(self.blocks):
@@ -87,8 +88,8 @@ class Layer(nn.Module):
     A family's layer has its own `feed_forward`. head_norms: queries and keys are normalised by head, before rotary.
     """
 
-    config: Any
-    dtype: Any
+    config: Config
+    dtype: DType
 
     head_norms: ClassVar[bool] = True
 
@@ -111,7 +112,9 @@ class Layer(nn.Module):
         per_group = c.heads // c.groups
         shape = (c.width, c.groups, per_group + 2, c.head_dim)
         qkv = linear("bwd,dgsk->bwgsk", h, self.matrix("qkv", shape, ("embed", "heads", None, "head_dim"), c.width))
-        norms = tuple(self.scale(name, c.head_dim, "head_dim") for name in ("q_norm", "k_norm")) if self.head_norms else None
+        norms = None
+        if self.head_norms:
+            norms = self.scale("q_norm", c.head_dim, "head_dim"), self.scale("k_norm", c.head_dim, "head_dim")
         attended, k, v = attention(qkv, norms, angles, sight, cached, cached_rank, c.eps)
         o = self.matrix("o", (c.heads, c.head_dim, c.width), ("heads", "head_dim", "embed"), c.heads * c.head_dim)
         x = replicated(x + linear("bwhk,hkd->bwd", attended, o))
@@ -119,7 +122,7 @@ class Layer(nn.Module):
         return replicated(x + self.feed_forward(h, sight.valid)), (k, v)
 
     def scale(self, name: str, size: int, axis: str) -> jax.Array:
-        return self.param(name, nn.with_logical_partitioning(nn.initializers.ones, (axis,)), (size,), self.dtype)
+        return self.param(name, box(nn.initializers.ones, (axis,)), (size,), self.dtype)
 
     def matrix(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int) -> Weights:
         """A parameter, with its scale if there is one beside it."""
@@ -137,4 +140,10 @@ class Layer(nn.Module):
 
 def scaled(axes: tuple[str | None, ...], fan_in: int) -> Any:
     """An initialiser with variance 1 / fan_in for a parameter with these logical axes."""
-    return nn.with_logical_partitioning(nn.initializers.normal(fan_in**-0.5), axes)
+    return box(nn.initializers.normal(fan_in**-0.5), axes)
+
+
+def box(initialiser: jax.nn.initializers.Initializer, axes: tuple[str | None, ...]) -> Any:
+    """The initialiser of a parameter with these logical axes. Any: flax's stubs say that `param` then
+    gives a box, where it gives the array."""
+    return nn.with_logical_partitioning(initialiser, axes)

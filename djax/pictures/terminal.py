@@ -96,7 +96,8 @@ def _pieces(replay: Replay) -> list[str]:
 
 def _rows(replay: Replay, pieces: Sequence[str], width: int) -> list[list[int]]:
     """Positions, in lines at most `width` cells wide; a new line after a newline and where the prompt ends."""
-    rows, used = [[]], 0
+    rows: list[list[int]] = [[]]
+    used = 0
     for i, piece in enumerate(pieces):
         if rows[-1] and (used + cell_len(piece) > width or i == replay.prompt or pieces[i - 1].endswith("↵")):
             rows.append([])

@@ -5,6 +5,7 @@ jax writes an entry in place, says of one that was cut short, in each process, t
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -51,6 +52,8 @@ def keep_entries_whole(directory: Path) -> None:
         known = inside._cache is None and inside._cache_initialized is False
     except (ImportError, AttributeError):
         return
-    if known and jax.config.jax_compilation_cache_max_size == -1:
+    bound: int = getattr(jax.config, "jax_compilation_cache_max_size")  # noqa: B009  (its stubs lack it)
+    if known and bound == -1:
         with inside._cache_initialized_mutex:
-            inside._cache, inside._cache_initialized = Entries(directory), True
+            entries: Any = Entries(directory)  # jax asks for these methods alone
+            inside._cache, inside._cache_initialized = entries, True

@@ -38,7 +38,8 @@ def enable_cache() -> None:
         if _decided:
             return
         wish = os.environ.get(ENVIRONMENT, "")
-        if wish.lower() in _OFF or (not wish and jax.config.jax_compilation_cache_dir):
+        here = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009  (its stubs lack it)
+        if wish.lower() in _OFF or (not wish and here):
             _decided = True
         elif wish:
             _keep_in(wish, ENVIRONMENT)

@@ -24,7 +24,7 @@ SAME = 1.0
 _AGAIN = b"\0"  # no signal has this number
 
 
-def leave(signum: int | None = None, frame: Any = None) -> NoReturn:
+def leave(signum: int | None = None, frame: object = None) -> NoReturn:
     """End the process here and now, with the one line."""
     with contextlib.suppress(OSError):
         os.write(2, b"djax: interrupted\n")
@@ -57,7 +57,7 @@ def hold() -> Iterator[Callable[[], bool]]:
     came: list[float] = []  # when the interrupt that is being raised came
     raised = threading.Event()
 
-    def interrupt(signum: int, frame: Any) -> None:
+    def interrupt(signum: int, frame: object) -> None:
         if not came:
             came.append(time.monotonic())
             raised.set()
@@ -73,7 +73,9 @@ def hold() -> Iterator[Callable[[], bool]]:
                 time.sleep(0.01)  # until the main thread is out of what swallowed it
                 raised.clear()
                 came.clear()
-                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+                main = threading.main_thread().ident
+                assert main is not None, "the main thread runs"
+                signal.pthread_kill(main, signal.SIGINT)
             elif kind[0] == signal.SIGINT:
                 while not raised.wait(PATIENCE) or time.monotonic() - came[0] > SAME:
                     # Another handler holds interrupts back for a while, as the removal of what is half-written does.

@@ -26,7 +26,8 @@ SETTINGS: tuple[tuple[Callable[..., Any], Any], ...] = (
     (jax.debug_key_reuse, False),
     (jax.transfer_guard, "allow"),
 )
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 _used = False
 _forked = False
 

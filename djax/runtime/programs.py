@@ -3,13 +3,15 @@
 import threading
 import time
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
+R = TypeVar("R")
 
-def kinds(arguments: Any) -> Hashable:
+
+def kinds(arguments: object) -> Hashable:
     """What a program's arguments are, without their values: their tree, and each leaf's shape, dtype and place."""
     leaves, tree = jax.tree.flatten(arguments)
     return tree, tuple((np.shape(a), getattr(a, "dtype", type(a)), getattr(a, "sharding", None)) for a in leaves)
@@ -30,7 +32,7 @@ class Programs:
         self._kept: dict[Hashable, Any] = {}
         self._compiling: dict[Hashable, threading.Event] = {}
 
-    def get(self, key: Hashable, compile: Callable[[], Any]) -> tuple[Any, float]:
+    def get(self, key: Hashable, compile: Callable[[], R]) -> tuple[R, float]:
         """The program of a key, and the seconds it took to get it: 0 if it was kept."""
         began = time.perf_counter()
         waited = False

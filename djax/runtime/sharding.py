@@ -29,7 +29,7 @@ def find_devices() -> list[Any]:
         return jax.devices()
     except (AssertionError, RuntimeError) as error:
         # jax asserts that it has a default device, and has none if the only platform is a GPU's that it does not see.
-        wish = jax.config.jax_platforms
+        wish = getattr(jax.config, "jax_platforms")  # noqa: B009  (its stubs lack it)
         reason = " ".join(str(error).split()) or "it sees no such device"
         raise OptionError(
             f"JAX_PLATFORMS={wish or ''}: expected platforms that jax finds on this machine ({reason}); for an NVIDIA GPU "
@@ -88,7 +88,7 @@ def place(mesh: Mesh, axes: Mapping[tuple, tuple[str | None, ...]], shapes: Mapp
     """Each parameter's `NamedSharding`, from its logical axes. Raises `OptionError` with all sizes the mesh does not divide."""
     wrong, out = {}, {}
     for path, names in axes.items():
-        spec = [RULES.get(name) for name in names]
+        spec = [None if name is None else RULES.get(name) for name in names]
         for name, axis, size in zip(names, spec, shapes[path], strict=True):
             if axis is not None and size % mesh.shape[axis]:
                 wrong[name, size] = f"{name} {size} ({path[-1]})"
@@ -98,7 +98,7 @@ def place(mesh: Mesh, axes: Mapping[tuple, tuple[str | None, ...]], shapes: Mapp
     return out
 
 
-def over_rows(program: Callable[..., Any], mesh: Mesh, ask: Any) -> Callable[..., Any]:
+def over_rows(program: Callable[..., Any], mesh: Mesh, ask: object) -> Callable[..., Any]:
     """The program (parameters, request -> rows), each part of the data axis running it on its own rows.
 
     The rows must be a multiple of the axis.
@@ -106,7 +106,7 @@ def over_rows(program: Callable[..., Any], mesh: Mesh, ask: Any) -> Callable[...
     if mesh.shape[DATA] == 1:
         return program
 
-    def split(params: Any, ask: Any) -> Any:
+    def split(params: object, ask: object) -> Any:
         specs = P(), jax.tree.map(lambda _: P(DATA), ask)
         # Its checks of what varies over the axis do not know a while_loop whose trips differ from part to part.
         f = jax.shard_map(program, mesh=mesh, in_specs=specs, out_specs=P(DATA), axis_names={DATA}, check_vma=False)

@@ -90,7 +90,7 @@ def check_chat_templates(directory: Path, templates: Mapping[str, Any]) -> None:
         first = first or (file, text)
 
 
-def _default_template(directory: Path, file: str, value: Any) -> str | None:
+def _default_template(directory: Path, file: str, value: object) -> str | None:
     """A template, or the one named default of several, as tokenizer_config.json has them."""
     if isinstance(value, str):
         return value

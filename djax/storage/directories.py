@@ -103,6 +103,7 @@ class new_directory:
             raise CheckpointError(f"{self._final}: {reason}; nothing was left there") from error
 
     def _finish(self) -> None:
+        assert self._partial is not None, "entered"
         # Temporary files are private; the finished checkpoint gets the permissions any new file of the user gets.
         umask = os.umask(0)
         os.umask(umask)
@@ -166,17 +167,18 @@ def _remove(partial: Path, lock: IO[bytes], process: int) -> None:
 
 def _why_full(error: BaseException) -> str | None:
     """Why nothing more could be written, whichever library met it; None if the error is another."""
-    todo, seen = [error], set()
+    todo: list[BaseException | None] = [error]
+    seen: set[int] = set()
     while todo:
-        error = todo.pop()
-        if error is None or id(error) in seen:
+        one = todo.pop()
+        if one is None or id(one) in seen:
             continue
-        seen.add(id(error))
-        number, text = getattr(error, "errno", None), str(error)
+        seen.add(id(one))
+        number, text = getattr(one, "errno", None), str(one)
         for code, (reason, spellings) in _FULL.items():
             if number == code or any(spelling in text for spelling in spellings):
                 return reason
-        todo += [error.__cause__, error.__context__, *getattr(error, "exceptions", ())]
+        todo += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
     return None
 
 

@@ -80,5 +80,5 @@ def parse_json(
     raise ValueError("nested too deep")
 
 
-def _nests(value: Any) -> bool:
+def _nests(value: object) -> bool:
     return isinstance(value, dict | list)

@@ -54,8 +54,8 @@ def wilson(correct: int, count: int, z: float = 1.96) -> tuple[float, float]:
 
 def difference(bits: str, other: str, count: int, z: float = 1.96) -> tuple[float, float, float]:
     """Accuracy of one report minus another's on the same problems, and its 95% interval (paired, normal)."""
-    won, lost = int(bits, 16) & ~int(other, 16), int(other, 16) & ~int(bits, 16)
-    won, lost = won.bit_count() / count, lost.bit_count() / count
+    one, two = int(bits, 16), int(other, 16)
+    won, lost = (one & ~two).bit_count() / count, (two & ~one).bit_count() / count
     half = z * math.sqrt(max(won + lost - (won - lost) ** 2, 0) / count)
     return won - lost, won - lost - half, won - lost + half
 
@@ -69,13 +69,18 @@ def evaluate(
     max_batch: int = 25,
     progress: Callable[[int], None] | None = None,
     answer: Callable[..., list[Generation]] = generate,
-    **options: Any,
+    **options: object,
 ) -> Report:
     """Answer every problem and count: `answer(model, questions, **options)`, by default `djax.generate`. `progress` is called
     with the number done so far."""
     ask = partial(answer, model, **options)
     prompts, results = [p.question for p in problems], [p.result for p in problems]
-    return measure(ask, prompts, lambda n, a: stated_result(a.text) == results[n], max_batch, progress)
+
+    def is_right(n: int, answer: Generation) -> bool:
+        assert answer.text is not None, "questions are text, which needs a tokenizer"
+        return stated_result(answer.text) == results[n]
+
+    return measure(ask, prompts, is_right, max_batch, progress)
 
 
 def measure(

@@ -140,9 +140,9 @@ def take_away(namespace: dict) -> None:
     for name in EXTENSIONS & set(sys.builtin_module_names):
         __import__(name)
     # A module can be made anew from C, with all its functions, by this alone.
-    _imp.create_builtin = refuse_import
-    for module in ("marshal", "sys.monitoring"):
-        sys.modules.pop(module, None)
+    vars(_imp)["create_builtin"] = refuse_import
+    for imported in ("marshal", "sys.monitoring"):
+        sys.modules.pop(imported, None)
     for module, kept in ((posix, POSIX), (os, POSIX), (_signal, SIGNAL)):
         for name, value in list(vars(module).items()):
             if type(value) is type(len) and name not in kept and not name.startswith(("_path_", "W")):
@@ -170,7 +170,7 @@ def take_away(namespace: dict) -> None:
 
 def hide_callers(get_referents: Callable) -> None:
     """Let no frame lead to the one that called it. Tests call the code, and their frames hold what they expect."""
-    (attributes,) = get_referents(vars(type((0 for _ in ()).gi_frame)))
+    (attributes,) = get_referents(vars(type(eval("(0 for _ in ()).gi_frame", {}))))
     attributes["f_back"] = property(eval("lambda frame: None", {}))
 
 
@@ -180,13 +180,13 @@ def prepare(file: int, say: int, mark: bytes) -> Iterator[None]:
     # No handler of Python's may raise in between.
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
     write(say, mark)
-    word, code, tests = receive(file)
+    word, text, checks = receive(file)
     main = type(sys)("__main__")
     namespace = vars(main)
     namespace["__builtins__"] = builtins
     sys.modules["__main__"] = main
-    code = compile(code, "answer.py", "exec", dont_inherit=True)
-    tests = compile(tests, "tests.py", "exec", dont_inherit=True)
+    code = compile(text, "answer.py", "exec", dont_inherit=True)
+    tests = compile(checks, "tests.py", "exec", dont_inherit=True)
     get_referents, add_hook = gc.get_referents, sys.addaudithook
     take_away(namespace)
     hide_callers(get_referents)

@@ -34,7 +34,7 @@ def exact(problem: Question, answer: str) -> float:
     return float(stated_result(answer) == _number(problem["result"]))
 
 
-def _number(result: Any) -> Fraction:
+def _number(result: object) -> Fraction:
     """A result exactly; a float is the decimal it prints as, which is what a file had. Raises `OptionError`."""
     if isinstance(result, numbers.Rational) and not isinstance(result, bool):
         return Fraction(int(result.numerator), int(result.denominator))
@@ -71,7 +71,7 @@ def python(problem: Question, answer: str, *, seconds: float = 10.0, megabytes: 
     return float(sandbox.run(snippet(answer), tests, seconds=seconds, megabytes=megabytes).passed)
 
 
-def _check_text(tests: Any) -> str:
+def _check_text(tests: object) -> str:
     """The tests, if they are text that does something. Raises `OptionError`."""
     if not isinstance(tests, str) or not tests.strip():
         raise OptionError(
@@ -81,7 +81,7 @@ def _check_text(tests: Any) -> str:
     return tests
 
 
-def _check_tests(tests: Any) -> None:
+def _check_tests(tests: object) -> None:
     """Raise `OptionError` unless the tests are Python that can fail."""
     text = _check_text(tests)
     try:
@@ -132,7 +132,8 @@ def ask(verifier: Verifier, problem: Question, answer: str, seconds: float, wher
         error = raised[0]
         raise VerifierError(f"{where}: the verifier {name} raised {type(error).__name__}: {error}") from error
     score = said[0]
-    if not isinstance(score, numbers.Real | np.bool_) or not 0 <= score <= 1:
+    is_number = isinstance(score, numbers.Real | np.bool_)
+    if not is_number or not 0 <= score <= 1:
         raise VerifierError(f"{where}: the verifier {name} said {score!r}; expected a number from 0 to 1, or a bool")
     return float(score)
 
@@ -151,11 +152,13 @@ def known(verifier: Verifier | str) -> Verifier:
 
 def need(problems: Sequence[Mapping[str, Any]], verifier: Verifier | str) -> None:
     """Raise `OptionError`, naming the problem, if the shipped verifier's field is missing or is nothing it can judge by."""
-    field, check = {"exact": ("result", _number), "python": ("tests", _check_tests)}.get(
-        verifier if isinstance(verifier, str) else "", (None, None)
-    )
-    if field is None:
+    checks: dict[str, tuple[str, Callable[[Any], object]]] = {
+        "exact": ("result", _number),
+        "python": ("tests", _check_tests),
+    }
+    if not isinstance(verifier, str) or verifier not in checks:
         return
+    field, check = checks[verifier]
     for n, problem in enumerate(problems):
         if field not in problem:
             raise OptionError(f"problem {n}: the verifier {verifier} needs its {field!r}; it has {', '.join(problem)}")

@@ -9,11 +9,12 @@ import numpy as np
 
 from djax.checks import describe, show
 from djax.errors import CheckpointError, DjaxError, PromptError
+from djax.text.contract import Tokenizer
 from djax.text.prompts import read
 from djax.text.tokenizer_files import is_panic, read_tokenizer
 
 
-def load_tokenizer(directory: Path) -> Any:
+def load_tokenizer(directory: Path) -> Tokenizer | None:
     """The HF fast tokenizer of a checkpoint directory, None if it has none. No code of the checkpoint is run.
 
     Raises `CheckpointError` for files that are damaged, contradict each other, or are links out of the directory, and for a
@@ -27,7 +28,9 @@ def load_tokenizer(directory: Path) -> Any:
     return tokenizer
 
 
-def encode(tokenizer: Any, prompts: Any, vocab: int, mask_id: int, pads: Collection[int] = ()) -> tuple[list[np.ndarray], bool]:
+def encode(
+    tokenizer: Tokenizer | None, prompts: object, vocab: int, mask_id: int, pads: Collection[int] = ()
+) -> tuple[list[np.ndarray], bool]:
     """Every prompt as int32 ids, and whether a single prompt came; see `prompts.read` for the forms and for `pads`.
 
     A string is a user's message and goes through the chat template if the tokenizer has one; token ids are taken as they
@@ -38,14 +41,14 @@ def encode(tokenizer: Any, prompts: Any, vocab: int, mask_id: int, pads: Collect
     return [_checked(_one(tokenizer, p), i, vocab, mask_id, tokenizer) for i, p in enumerate(many)], single
 
 
-def decode(tokenizer: Any, tokens: np.ndarray) -> str | None:
+def decode(tokenizer: Tokenizer | None, tokens: np.ndarray) -> str | None:
     if tokenizer is None:
         return None
     with _failures_named("this checkpoint's tokenizer fails on the answer's tokens", CheckpointError):
         return tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
 
 
-def _one(tokenizer: Any, prompt: Any) -> np.ndarray:
+def _one(tokenizer: Tokenizer | None, prompt: Any) -> np.ndarray:
     is_chat = not isinstance(prompt, str | np.ndarray) and len(prompt) and isinstance(prompt[0], Mapping)
     if not isinstance(prompt, str) and not is_chat:
         return _ids(prompt)
@@ -68,7 +71,7 @@ def _one(tokenizer: Any, prompt: Any) -> np.ndarray:
     return _tokenize(tokenizer, rendered, add_special_tokens=False)
 
 
-def _tokenize(tokenizer: Any, prompt: str, **options: Any) -> np.ndarray:
+def _tokenize(tokenizer: Tokenizer, prompt: str, **options: Any) -> np.ndarray:
     with _failures_named("prompts: this checkpoint's tokenizer fails on the text", PromptError):
         return _ids(tokenizer(prompt, **options)["input_ids"])
 
@@ -91,11 +94,11 @@ def _encodable(prompt: str) -> None:
         raise PromptError(f"prompts: expected text that UTF-8 can write, got {show(prompt)}: {error}") from error
 
 
-def _ids(prompt: Any) -> np.ndarray:
+def _ids(prompt: object) -> np.ndarray:
     return np.asarray(prompt)
 
 
-def _checked(ids: np.ndarray, index: int, vocab: int, mask_id: int, tokenizer: Any) -> np.ndarray:
+def _checked(ids: np.ndarray, index: int, vocab: int, mask_id: int, tokenizer: Tokenizer | None) -> np.ndarray:
     where = f"prompt {index}"
     if not ids.size:
         raise PromptError(f"{where}: expected at least one token, got an empty prompt")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from datetime import datetime
 from functools import update_wrapper
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -83,7 +83,7 @@ class Work:
             raise LimitError(f"it makes a list of more than {LONGEST:,} entries")
         self.spend(1 + entries)
 
-    def measure(self, *values: Any) -> int:
+    def measure(self, *values: object) -> int:
         """Characters and entries of the values, everything inside them as often as it is there: what printing, comparing
         or hashing them takes. A list of lists of lists may be short and yet stand for any number of entries."""
         size, entries, depth, level = 0, 0, 0, list(values)
@@ -136,7 +136,7 @@ class _Counting(NodeTransformer):
     """Rewrites a template so that what it does without a call is counted too."""
 
     @staticmethod
-    def _filtered(node: nodes.Expr, name: str, *arguments: nodes.Expr) -> nodes.Filter:
+    def _filtered(node: nodes.Node, name: str, *arguments: nodes.Expr) -> nodes.Filter:
         where = dict(lineno=node.lineno, environment=node.environment)
         return nodes.Filter(node, name, list(arguments), [], None, None, **where)
 
@@ -179,73 +179,78 @@ def _by_value(values: Iterable[Any]) -> int:
     return sum(abs(value) for value in values if isinstance(value, int))
 
 
-def _nothing(work: Work, *values: Any, **named: Any) -> None:
+def _nothing(work: Work, *values: object, **named: object) -> None:
     pass
 
 
-def _reads(work: Work, *values: Any, **named: Any) -> None:
+def _reads(work: Work, *values: object, **named: object) -> None:
     work.measure(*values, *named.values())
 
 
-def _reads_arguments(work: Work, value: Any, *values: Any, **named: Any) -> None:
+def _reads_arguments(work: Work, value: object, *values: object, **named: object) -> None:
     work.measure(*values, *named.values())
 
 
-def _has_size(work: Work, *values: Any, **named: Any) -> None:
+def _has_size(work: Work, *values: object, **named: object) -> None:
     """A number among the arguments is a width or a count."""
     values += tuple(named.values())
     work.make(work.measure(*values) + _by_value(values))
 
 
-def _multiplies(work: Work, text: Any, *values: Any, **named: Any) -> None:
+def _multiplies(work: Work, text: object, *values: object, **named: object) -> None:
     """Every character of the text may be compared with every one of the argument's."""
     work.spend(work.measure(text) * work.measure(*values, *named.values()) // _READ)
 
 
-def _squares(work: Work, *values: Any, **named: Any) -> None:
+def _squares(work: Work, *values: object, **named: object) -> None:
     values += tuple(named.values())
     work.spend((work.measure(*values) + _by_value(values)) ** 2 // _READ)
 
 
-def _copies(work: Work, value: Any, *values: Any, **named: Any) -> None:
+def _copies(work: Work, value: object, *values: object, **named: object) -> None:
     if isinstance(value, str):
         work.make(len(value))
     if isinstance(value, str | dict | _Collection):
         work.fill(len(value))
 
 
-def _groups(work: Work, value: Any, *values: Any, **named: Any) -> None:
+def _groups(work: Work, value: object, *values: object, **named: object) -> None:
     """The number among the arguments is a count of entries."""
     work.fill(_by_value((*values, *named.values())))
     _copies(work, value)
 
 
-def _joins(work: Work, values: Any, d: Any = "", attribute: Any = None) -> None:
+def _joins(work: Work, values: object, d: object = "", attribute: object = None) -> None:
     count = len(values) if isinstance(values, str | dict | _Collection | range) else 0
     work.make(work.measure(values) + count * work.measure(d))
 
 
-def _replaces(work: Work, text: Any, old: Any, new: Any, count: Any = None) -> None:
+def _replaces(work: Work, text: object, old: object, new: object, count: object = None) -> None:
     size = work.measure(text)
     places = size // max(1, len(old) if isinstance(old, str | bytes) else 1) + 1
     work.make(size + places * work.measure(new))
 
 
-def _indents(work: Work, text: Any, width: Any = 4, first: bool = False, blank: bool = False) -> None:
+def _indents(work: Work, text: object, width: object = 4, first: bool = False, blank: bool = False) -> None:
     size = work.measure(text)
     _copies(work, text)
     lines = 1 + (len(text.splitlines()) if isinstance(text, str) else 0)
     work.make(size + lines * (abs(width) if isinstance(width, int) else work.measure(width)))
 
 
-def _rounds(work: Work, value: Any, precision: Any = 0, method: Any = "common") -> None:
+def _rounds(work: Work, value: object, precision: object = 0, method: object = "common") -> None:
     work.measure(value)
     if isinstance(precision, int) and abs(precision) > _MOST_PRECISION:
         raise LimitError(f"it rounds to more than {_MOST_PRECISION} places")
 
 
 def _writes_json(
-    work: Work, value: Any, ensure_ascii: Any = False, indent: Any = None, separators: Any = None, sort_keys: Any = False
+    work: Work,
+    value: object,
+    ensure_ascii: object = False,
+    indent: object = None,
+    separators: object = None,
+    sort_keys: object = False,
 ) -> None:
     size = work.measure(value, separators, indent)
     width = abs(indent) if isinstance(indent, int) else work.measure(indent)
@@ -254,7 +259,7 @@ def _writes_json(
     work.make(size * (1 + width * deep + between))
 
 
-def _depth(value: Any) -> int:
+def _depth(value: object) -> int:
     """How deep a value, already measured, is nested."""
     depth, level = 0, [value]
     while level:
@@ -269,7 +274,7 @@ def _digits(text: str) -> int:
     return sum(int(number) if len(number) < 10 else LONGEST for number in re.findall(r"\d+", text))
 
 
-def _formats(work: Work, template: Any, *values: Any, **named: Any) -> None:
+def _formats(work: Work, template: object, *values: object, **named: object) -> None:
     """`template % values`"""
     given: Any = named or values
     if not isinstance(template, str | bytes):
@@ -321,8 +326,11 @@ _METHODS: dict[str, Rule] = {
 }
 _PASSED_ON = ("get", "items", "keys", "values")
 # Tests that look at no more than what kind of value it is.
-_KINDS = ("boolean", "callable", "defined", "divisibleby", "even", "false", "filter", "float", "integer", "iterable", "mapping")
-_KINDS += ("none", "number", "odd", "sameas", "sequence", "string", "test", "true", "undefined")
+_KINDS = (
+    *("boolean", "callable", "defined", "divisibleby", "even", "false", "filter", "float", "integer"),
+    *("iterable", "mapping", "none", "number", "odd", "sameas", "sequence", "string", "test", "true"),
+    "undefined",
+)
 
 
 def _count(values: Iterable[Any]) -> Iterator[Any]:
@@ -333,7 +341,7 @@ def _count(values: Iterable[Any]) -> Iterator[Any]:
         yield value
 
 
-def _counted(value: Any) -> Any:
+def _counted(value: object) -> Any:
     """An argument, which C may go through without a step that is seen here."""
     if isinstance(value, range):
         _work.get().spend(len(value))
@@ -347,7 +355,7 @@ def _give(values: list[Any], error: Exception) -> Iterator[Any]:
     raise error
 
 
-def _made(work: Work, result: Any, new: bool = True) -> Any:
+def _made(work: Work, result: object, new: bool = True) -> Any:
     """A result, charged if it is new. What it gives one by one is made at once: a long chain of generators, each of which asks
     the one before, would overflow Python's own stack. It can still be gone through only once, and is true if it is empty."""
     if isinstance(result, Iterator):
@@ -374,7 +382,7 @@ def _bound_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]
 
     # Filters that are passed the context are not called when a template is compiled, whatever their arguments.
     @pass_context
-    def bounded(__context: Context, *values: Any, **named: Any) -> Any:
+    def bounded(__context: Context, *values: object, **named: object) -> Any:
         work = _work.get()
         work.spend(_FILTER)
         values = tuple(map(_counted, values))
@@ -390,7 +398,7 @@ def _bound_test(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     passed = getattr(function, "jinja_pass_arg", None)
 
     @pass_context
-    def bounded(__context: Context, *values: Any, **named: Any) -> Any:
+    def bounded(__context: Context, *values: object, **named: object) -> Any:
         work = _work.get()
         work.spend(_FILTER)
         values = tuple(map(_counted, values))
@@ -414,18 +422,18 @@ def _each(context: Context, values: Any) -> Any:
 
 
 @pass_context
-def _measured(context: Context, value: Any) -> Any:
+def _measured(context: Context, value: object) -> Any:
     _work.get().measure(value)
     return value
 
 
 @pass_context
-def _joined(context: Context, *values: Any) -> str:
+def _joined(context: Context, *values: object) -> str:
     return (markup_join if context.eval_ctx.autoescape else str_join)(values)
 
 
 @pass_context
-def _sliced(context: Context, value: Any) -> Any:
+def _sliced(context: Context, value: object) -> Any:
     return value
 
 
@@ -434,7 +442,7 @@ class _Formatter(SandboxedFormatter):
 
     made = 0
 
-    def format_field(self, value: Any, format_spec: str) -> str:
+    def format_field(self, value: object, format_spec: str) -> str:
         work = _work.get()
         work.make(work.measure(value) + _digits(format_spec))
         field = super().format_field(value, format_spec)
@@ -464,7 +472,8 @@ class Bounded(ImmutableSandboxedEnvironment):
         self.filters = {name: _bound_filter(name, f) for name, f in self.filters.items()}
         self.filters |= {_EACH: _each, _MEASURED: _measured}
         self.filters |= {name: _bound_filter(name, f) for name, f in ((_JOINED, _joined), (_SLICED, _sliced))}
-        self.tests = {name: _bound_test(name, f) for name, f in self.tests.items()}
+        tests: Mapping[str, Any] = self.tests  # jinja2 infers `function`, which nothing takes
+        self.tests = {name: _bound_test(name, f) for name, f in tests.items()}
         self.globals |= {"raise_exception": _raise, "dict": _Dict(), "namespace": _Namespace, "strftime_now": _now}
         self._free = [f for name, f in self.globals.items() if name not in ("lipsum", "strftime_now")]
 
@@ -480,7 +489,7 @@ class Bounded(ImmutableSandboxedEnvironment):
         work.make(size)
         return "".join(kept)
 
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+    def call_binop(self, context: Context, operator: str, left: object, right: object) -> Any:
         work = _work.get()
         work.spend()
         if operator == "+":
@@ -500,7 +509,7 @@ class Bounded(ImmutableSandboxedEnvironment):
                 raise LimitError(f"it makes a number of more than {_INT_BITS:,} bits")
         return _made(work, super().call_binop(context, operator, left, right), new=False)
 
-    def getitem(self, obj: Any, argument: Any) -> Any:
+    def getitem(self, obj: object, argument: object) -> Any:
         if isinstance(argument, tuple):  # whose hash is made of everything in it
             _work.get().measure(argument)
         return super().getitem(obj, argument)
@@ -544,7 +553,7 @@ class Bounded(ImmutableSandboxedEnvironment):
             _squares(work, *values, **given)
         return _made(work, super().call(__context, __obj, *values, **named), new)
 
-    def _is_free(self, function: Any, owner: Any) -> bool:
+    def _is_free(self, function: object, owner: object) -> bool:
         """What only runs more of the template, counts by itself or takes no time."""
         if isinstance(function, Macro | LoopContext | BlockReference) or isinstance(owner, jinja2.ext.Extension):
             return True
@@ -553,7 +562,7 @@ class Bounded(ImmutableSandboxedEnvironment):
 
 
 @pass_context
-def _finalize(context: Context, value: Any) -> Any:
+def _finalize(context: Context, value: object) -> Any:
     """Every expression that is printed: str() of it comes next."""
     if not isinstance(value, str):
         _work.get().measure(value)
@@ -566,12 +575,14 @@ def _finalize(context: Context, value: Any) -> Any:
 class _Generation(jinja2.ext.Extension):
     """{% generation %} ... {% endgeneration %}, which marks the assistant's text for those who train, and prints it."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  (as jinja2 declares it)
 
     def parse(self, parser: Any) -> nodes.CallBlock:
         line = next(parser.stream).lineno
         body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return nodes.CallBlock(self.call_method("_print"), [], [], body).set_lineno(line)
+        block = nodes.CallBlock(self.call_method("_print"), [], [], body)
+        block.set_lineno(line)
+        return block
 
     @pass_eval_context
     def _print(self, context: nodes.EvalContext, caller: Macro) -> str:
@@ -582,7 +593,7 @@ def _write_json(x: Any, ensure_ascii: bool = False, indent: Any = None, separato
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _raise(message: Any) -> None:
+def _raise(message: object) -> None:
     _work.get().measure(message)
     raise RefusedError(str(message))
 
@@ -594,7 +605,7 @@ def _now(format: str) -> str:
 class _Dict:
     """dict(...) and dict.fromkeys(...), and nothing else of the type."""
 
-    def __call__(self, *values: Any, **named: Any) -> dict:
+    def __call__(self, *values: object, **named: object) -> dict:
         return dict(*values, **named)
 
     def fromkeys(self, *values: Any) -> dict:
@@ -604,19 +615,19 @@ class _Dict:
 class _Namespace(Namespace):
     """A namespace whose names begin with no underscore, as transformers has it."""
 
-    def __init__(*values: Any, **named: Any) -> None:
+    def __init__(*values: object, **named: object) -> None:
         self, values = values[0], values[1:]
         given = dict(*values, **named)
         for name in given:
             _Namespace._check(name)
         Namespace.__init__(self, given)
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: object) -> None:
         _Namespace._check(name)
         Namespace.__setitem__(self, name, value)
 
     @staticmethod
-    def _check(name: Any) -> None:
+    def _check(name: object) -> None:
         if isinstance(name, str) and name.startswith("_"):
             raise jinja2.exceptions.SecurityError(f"a namespace's names begin with no underscore, got {name!r:.100}")
 

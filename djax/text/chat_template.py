@@ -12,6 +12,7 @@ import numpy as np
 from djax.errors import CheckpointError, PromptError
 from djax.text import bounded_jinja
 from djax.text.bounded_jinja import LONGEST, LimitError, RefusedError
+from djax.text.contract import Tokenizer
 
 ROLES = ("system", "user", "assistant")
 # Published templates have up to about 30,000 characters.
@@ -22,7 +23,7 @@ _NEEDLE = "djaxneedle"
 Message = dict[str, Any]
 
 
-def check_template(tokenizer: Any, where: str) -> None:
+def check_template(tokenizer: Tokenizer, where: str) -> None:
     """Raises `CheckpointError` if the tokenizer has a chat template that does not parse. `where` names it in the error."""
     try:
         text = _template(tokenizer)
@@ -36,7 +37,7 @@ def check_template(tokenizer: Any, where: str) -> None:
         raise CheckpointError(f"{where}: the chat template cannot be compiled: {_words(error)}") from error
 
 
-def render_chat(tokenizer: Any, chat: Sequence[Mapping[str, Any]]) -> str:
+def render_chat(tokenizer: Tokenizer, chat: Sequence[Mapping[str, Any]]) -> str:
     """The prompt that the tokenizer's chat template makes of the messages, the assistant's turn begun.
 
     A message's content is a string or a list of parts `{"type": "text", "text": ...}`. The template gets what it takes: parts
@@ -71,7 +72,7 @@ def render_chat(tokenizer: Any, chat: Sequence[Mapping[str, Any]]) -> str:
     return rendered
 
 
-def _template(tokenizer: Any) -> str | None:
+def _template(tokenizer: Tokenizer) -> str | None:
     """The template that a chat goes through. Raises `PromptError` for several of which none is the default."""
     if not tokenizer.chat_template:
         return None
@@ -97,7 +98,7 @@ def _words(error: BaseException) -> str:
     return at + (words if len(words) <= 500 else words[:500] + "...")
 
 
-def _read_message(message: Any) -> Message:
+def _read_message(message: object) -> Message:
     """A message as templates see it: plain values, without those that are None. Raises `PromptError`."""
     if not isinstance(message, Mapping):
         raise PromptError(f"prompts: expected chat messages, got {type(message).__name__} among them")
@@ -125,22 +126,26 @@ def _read_message(message: Any) -> Message:
     return plain if thought is None else {"thinking": thought, **plain, "reasoning_content": thought}
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     try:
         return f"{value!r:.200}"
     except Exception:  # a caller's own repr
         return type(value).__name__
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """The value in JSON's types, as transformers hands them to templates: what is none of them is only named."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, bool | None):
         return value
-    for kind, read in ((str, str.__str__), (int, int.__int__), (float, float.__float__)):
-        if isinstance(value, kind):
-            return value if type(value) is kind else read(value)
+    # Not by the constructors, which a subclass may answer.
+    if isinstance(value, str):
+        return value if type(value) is str else str.__str__(value)
+    if isinstance(value, int):
+        return value if type(value) is int else int.__int__(value)
+    if isinstance(value, float):
+        return value if type(value) is float else float.__float__(value)
     if isinstance(value, Mapping):
         return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -194,12 +199,12 @@ def _formed(message: Message, strings: bool, parts: bool) -> Message:
 def _takes(text: str, specials: str, role: str) -> tuple[bool, bool]:
     """Whether a template prints a content of this role that is a string, and one that is a list of parts."""
     said = lambda role, content: {"role": role, "content": content}  # noqa: E731
-    user = "hello"
+    user: str | list[dict[str, str]] = "hello"
     if role != "user":
         strings, parts = _takes(text, specials, "user")
-        user = [{"type": "text", "text": user}] if parts and not strings else user
+        user = [{"type": "text", "text": "hello"}] if parts and not strings else user
 
-    def prints(content: Any) -> bool:
+    def prints(content: object) -> bool:
         chat = [said(role, content)]
         if role == "system":
             chat = [*chat, said("user", user)]

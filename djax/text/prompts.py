@@ -25,7 +25,7 @@ _BYTES = bytes | bytearray | memoryview
 Chat = list[dict[str, Any]]
 
 
-def read(prompts: Any, pads: Collection[int]) -> tuple[list[str | Chat | np.ndarray], bool]:
+def read(prompts: object, pads: Collection[int]) -> tuple[list[str | Chat | np.ndarray], bool]:
     """Every prompt as a string, as a chat of plain dicts or as integers `[P]`, and whether a single prompt came.
 
     A mapping with input_ids and attention_mask, such as a tokenizer returns, loses its padding, on either side. pads: the ids
@@ -40,7 +40,8 @@ def _read(prompts: Any, pads: Collection[int]) -> tuple[list[str | Chat | np.nda
     if isinstance(prompts, str):
         return [str.__str__(prompts)], True
     if isinstance(prompts, Mapping):
-        return _tokenized(prompts, "prompts", pads)
+        rows, single = _tokenized(prompts, "prompts", pads)
+        return list(rows), single
     if is_array(prompts):
         array = plain_array(prompts, "prompts", PromptError)
         if array.ndim not in (1, 2):
@@ -116,7 +117,7 @@ def _tokenized(given: Mapping, where: str, pads: Collection[int]) -> tuple[list[
     if not len(ids):
         raise PromptError(f"{names[0]}: expected at least one token, got an empty prompt")
     single = isinstance(ids, np.ndarray) and ids.ndim == 1
-    rows = [ids] if single else list(ids)
+    rows = _rows(ids)
     mask = given[MASK] if MASK in given else None
     if mask is None:
         if not single and isinstance(ids, np.ndarray):
@@ -126,14 +127,19 @@ def _tokenized(given: Mapping, where: str, pads: Collection[int]) -> tuple[list[
     if seen is None:
         raise PromptError(f"{names[1]}: expected ones and zeros in the shape of {IDS}, got {show(mask)}")
     alone = isinstance(seen, np.ndarray) and seen.ndim == 1
-    seen = [seen] if alone else list(seen)
-    if alone != single or [len(s) for s in seen] != [len(row) for row in rows]:
-        raise PromptError(f"{names[1]}: expected the shape of {IDS}, rows of {_lengths(rows)}, got rows of {_lengths(seen)}")
+    masks = _rows(seen)
+    if alone != single or [len(s) for s in masks] != [len(row) for row in rows]:
+        raise PromptError(f"{names[1]}: expected the shape of {IDS}, rows of {_lengths(rows)}, got rows of {_lengths(masks)}")
     out = []
-    for i, (row, s) in enumerate(zip(rows, seen, strict=True)):
+    for i, (row, s) in enumerate(zip(rows, masks, strict=True)):
         start, end = span(s, f"{names[1]}, row {i}")
         out.append(row[start:end])
     return out, single
+
+
+def _rows(whole: np.ndarray | list[np.ndarray]) -> list[np.ndarray]:
+    """The rows of what `whole_rows` reads; one row is an array of one axis."""
+    return [whole] if isinstance(whole, np.ndarray) and whole.ndim == 1 else list(whole)
 
 
 def span(mask: np.ndarray, where: str) -> tuple[int, int]:
@@ -160,7 +166,7 @@ def refuse_padded(
         real = ~np.isin(columns, list(ids))
         runs = np.where(real.any(axis=1), real.argmax(axis=1), array.shape[1])
         if runs.min() != runs.max():
-            most, least = int(runs.argmax()), int(runs.argmin())
+            most, least = int(np.argmax(runs)), int(np.argmin(runs))
             named = ", ".join(map(str, sorted(ids)))
             raise PromptError(
                 f"{name}: row {most} {side} with {runs[most]} pad ids ({named}), row {least} with {runs[least]}: "
@@ -184,8 +190,9 @@ def whole_rows(value: Any, name: str, kind: type[DjaxError], *, bools: bool = Fa
         items = _items(value, name, kind)
         if not items or not (_is_list(items[0]) or (is_array(items[0]) and np.ndim(items[0]))):
             return _integers(items, bools)
-        rows = [whole_rows(item, name, kind, bools=bools) for item in items]
-        return rows if all(isinstance(row, np.ndarray) and row.ndim == 1 for row in rows) else None
+        found = [whole_rows(item, name, kind, bools=bools) for item in items]
+        rows = [row for row in found if isinstance(row, np.ndarray) and row.ndim == 1]
+        return rows if len(rows) == len(found) else None
 
 
 def _integers(items: list[Any], bools: bool = False) -> np.ndarray | None:
@@ -214,7 +221,7 @@ def _items(given: Sequence, where: str, kind: type[DjaxError] = PromptError) -> 
     return items
 
 
-def _is_list(value: Any) -> bool:
+def _is_list(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | _BYTES) and not is_array(value)
 
 

@@ -8,12 +8,12 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from djax.errors import CheckpointError, shorten
 from djax.storage.checkpoint_files import list_files, read_object, read_text
 from djax.storage.consistency import check_chat_templates, check_special_tokens
 from djax.storage.files import parse_json
+from djax.text.contract import Tokenizer
 
 TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 # What transformers reads besides; a chat_template.json is for processors and only compared.
@@ -26,7 +26,7 @@ _DROPPED = ("init_inputs", "tokenizer_object", "__slow_tokenizer", "slow_tokeniz
 _STDERR = threading.Lock()
 
 
-def read_tokenizer(directory: Path) -> Any:
+def read_tokenizer(directory: Path) -> Tokenizer | None:
     """The HF fast tokenizer of a checkpoint directory, None if it has none. No code of the checkpoint is run.
 
     transformers sees copies in a directory of its own: nothing but what `checkpoint_files` has let through, without byte order
@@ -72,8 +72,8 @@ def _copies(directory: Path, text: str) -> dict[str, str]:
     if CONFIG in parsed:
         dropped = [k for k in parsed[CONFIG] if k in _DROPPED or k.endswith(("_file", "_files"))]
         parsed[CONFIG] = {key: value for key, value in parsed[CONFIG].items() if key not in dropped}
-    templates = {name: read_text(directory, name) for name in (TEMPLATE, *list_files(directory, _TEMPLATES, ".jinja"))}
-    templates = {name: template for name, template in templates.items() if template is not None}
+    names = (TEMPLATE, *list_files(directory, _TEMPLATES, ".jinja"))
+    templates = {name: template for name in names if (template := read_text(directory, name)) is not None}
     processor = read_object(directory, "chat_template.json") or {}
     defaults = {
         TEMPLATE: templates.get(TEMPLATE),

@@ -28,4 +28,6 @@ def balance_loss(
         share = jax.lax.stop_gradient(choices / total)
         return count * jnp.sum(share * jnp.sum(probs * weight[:, None], axis=0) / total)
 
-    return sum(layer(probs, ids) for probs, ids in routing) / len(routing)
+    total = sum(layer(probs, ids) for probs, ids in routing)
+    assert isinstance(total, jax.Array), "called with at least one layer that has a router"
+    return total / len(routing)

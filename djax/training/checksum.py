@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from djax.models.contract import Params
 from djax.models.hf import list_settings
 from djax.models.model import Model
 
@@ -25,12 +26,12 @@ def checksum(model: Model) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
-def _pairs(params: Any, sums: Any) -> Iterator[tuple[Any, Any]]:
+def _pairs(params: Params, sums: object) -> Iterator[tuple[Any, Any]]:
     return zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(sums), strict=True)
 
 
 @jax.jit
-def _sums(params: Any) -> Any:
+def _sums(params: Params) -> Params:
     def one(a: jax.Array) -> jax.Array:
         bits = jax.lax.bitcast_convert_type(a.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
         # A place's weight from its indices, so that the array keeps its layout over devices. Whole numbers wrap: exact.

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from djax.kernels.sight import Sight
+from djax.models.contract import Config, Params
 from djax.models.family import Family
 from djax.models.model import Model
 from djax.models.sight import see
@@ -58,7 +60,7 @@ class Network:
     """
 
     family: Family
-    config: Any
+    config: Config
     remat: bool = False
     parts: int = 1
 
@@ -73,7 +75,7 @@ class Network:
         return see(self.family.visibility, at, valid, block)
 
     def read(
-        self, params: Any, tokens: jax.Array, sight: Sight, positions: jax.Array | None = None
+        self, params: Params, tokens: jax.Array, sight: Sight, positions: jax.Array | None = None
     ) -> tuple[jax.Array, Routing]:
         """The trunk's output `[R, L, D]` for tokens int32 `[R, L]`, and the routers' choices.
 
@@ -86,7 +88,7 @@ class Network:
         family, config = self.family, self.config
         return family.trunk_with_routing(params, config, x, positions, sight, remat=self.remat)
 
-    def logits(self, params: Any, x: jax.Array) -> jax.Array:
+    def logits(self, params: Params, x: jax.Array) -> jax.Array:
         """`[..., L, D]` -> float32 logits `[..., L, V]`."""
         return self.family.unembed(params, self.config, x)
 
@@ -113,7 +115,7 @@ class Objective:
         del model, key
         return Own()
 
-    def loss(self, net: Network, params: Any, own: Own, batch: Any, draw: Draw) -> Loss:
+    def loss(self, net: Network, params: Params, own: Own, batch: Any, draw: Draw) -> Loss:
         """The loss of a batch, whose arrays have R rows, and what is told of it.
 
         params: all of the model's, in the dtype that the network computes in.
@@ -149,7 +151,7 @@ class Batches:
         """Tokens of a batch, for the log's tokens/s."""
         return int(jax.tree.leaves(batch)[0].size)
 
-    def name(self, step: int, rows: Any) -> str:
+    def name(self, step: int, rows: np.ndarray) -> str:
         """What to call some rows of an update, int64 `[N]`, in an error."""
         del step
         return f"rows {rows.tolist()} of its batch"
@@ -164,7 +166,7 @@ class Weights:
         # Copies: the model stays as it is while its parameters are trained.
         return jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), model.params), None
 
-    def whole(self, trained: Any, frozen: Any) -> Any:
+    def whole(self, trained: Any, frozen: Any) -> Params:
         """The model's parameters from both, in frozen's dtypes."""
         del frozen
         return trained

@@ -1,15 +1,15 @@
 """Problems as training batches: the chat-formatted question, then the answer, then EOS to the end of the canvas."""
 
 import random
-from typing import Any
 
 import numpy as np
 
 from djax.errors import OptionError
 from djax.tasks import problems
+from djax.text.contract import Tokenizer
 
 
-def example(tokenizer: Any, problem: problems.Problem) -> tuple[list[int], list[int]]:
+def example(tokenizer: Tokenizer, problem: problems.Problem) -> tuple[list[int], list[int]]:
     """Prompt ids, exactly as `djax.generate` would make them, and answer ids without EOS."""
     chat = [{"role": "user", "content": problem.question}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True)["input_ids"]
@@ -17,7 +17,7 @@ def example(tokenizer: Any, problem: problems.Problem) -> tuple[list[int], list[
 
 
 def batch(
-    tokenizer: Any, rng: random.Random, rows: int, length: int, drills: float, easy: float, eos_id: int
+    tokenizer: Tokenizer, rng: random.Random, rows: int, length: int, drills: float, easy: float, eos_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """tokens int32 and response bool, both `[rows, length]`, from freshly drawn training problems.
 

@@ -5,22 +5,26 @@ level of masking drawn for each row alone.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from djax.models.contract import Params
 from djax.training.balance import balance_loss as balance_loss
 from djax.training.contract import Draw, Loss, Network, Objective, Own
 
+# An array, on a device or on the host.
+A = TypeVar("A", bound=jax.Array | np.ndarray)
 SMALLEST_RATIO = 1e-3  # keeps 1/t finite, as in LLaDA's own guideline
 
 
-class Batch(NamedTuple):
+class Batch(NamedTuple, Generic[A]):
     """tokens int32 `[B, L]`, response bool `[B, L]`: the positions that are learned."""
 
-    tokens: jax.Array
-    response: jax.Array
+    tokens: A
+    response: A
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Diffusion(Objective):
     balance: float = 0.01
     whole = True
 
-    def loss(self, net: Network, params: Any, own: Own, batch: Batch, draw: Draw) -> Loss:
+    def loss(self, net: Network, params: Params, own: Own, batch: Batch[jax.Array], draw: Draw) -> Loss:
         """Over the whole batch; its parts are "diffusion" and "balance"."""
         tokens, response = batch
         noisy, masked, t = corrupt(draw.key, tokens, response, net.config.mask_id)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import optax
 
 from djax.checks import flag, integer, number, one_of
 from djax.errors import OptionError
+from djax.models.contract import Params
 from djax.models.model import Model
 
 Schedule = Callable[[jax.Array], jax.Array]
@@ -64,7 +65,16 @@ class Plan:
         integer(self, "cooldown", at_least=0, optional=True)
 
 
-def check_plan(plan: Any) -> None:
+class Planned(Protocol):
+    """What a `Plan` shares with what one is made from."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def accumulate(self) -> int: ...
+
+
+def check_plan(plan: Planned) -> None:
     """Check the fields that a `Plan` shares with what it is made from, under that class's name."""
     for name in ("steps", "rows", "accumulate", "save_every", "evaluate_every", "log_every"):
         integer(plan, name, at_least=1)
@@ -82,7 +92,7 @@ def check_plan(plan: Any) -> None:
         raise OptionError(f"{name}(rows={plan.rows}): expected a multiple of accumulate={plan.accumulate}")
 
 
-def check_rows(plan: Any, model: Model) -> None:
+def check_rows(plan: Planned, model: Model) -> None:
     """`OptionError` unless the devices' parts of the rows, and those of accumulation, are equal."""
     if plan.rows % (model.parts * plan.accumulate):
         raise OptionError(
@@ -99,7 +109,8 @@ def make_schedule(plan: Plan, peak: float) -> Schedule:
         rise = jnp.minimum(1.0, (step + 1) / max(plan.warmup, 1))
         left = jnp.clip((plan.steps - step) / max(over, 1), 0.0, 1.0)
         cosine = 0.5 - 0.5 * jnp.cos(math.pi * left)
-        fall = {"constant": 1.0, "linear": left, "cosine": cosine}[plan.schedule]
+        shapes: dict[str, jax.Array | float] = {"constant": 1.0, "linear": left, "cosine": cosine}
+        fall = shapes[plan.schedule]
         return peak * (rise * fall)
 
     return rate
@@ -114,20 +125,20 @@ def make_optimizer(plan: Plan) -> optax.GradientTransformation:
         moves = _muon(make_schedule(plan, plan.muon), rate, **options)
     else:
 
-        def matrices(params: Any) -> Any:
+        def matrices(params: Params) -> Any:
             return jax.tree.map(lambda a: a.ndim > 1, params)
 
         moves = optax.adamw(rate, *plan.betas, weight_decay=plan.weight_decay, mask=matrices)
     return optax.chain(optax.clip_by_global_norm(plan.clip), moves)
 
 
-def _muon(rate: Schedule, adam_rate: Schedule, **options: Any) -> optax.GradientTransformation:
+def _muon(rate: Schedule, adam_rate: Schedule, **options: object) -> optax.GradientTransformation:
     """Muon on the matrices of attention and experts, Adam on the rest; options are optax's."""
     as_matrix = optax.contrib.MuonDimensionNumbers
     axes = {"qkv": as_matrix(0, (1, 3)), "o": as_matrix((0, 1), 2)}
     axes |= {"w_in": as_matrix(1, 2), "w_out": as_matrix(1, 2)}
 
-    def matrices(params: Any) -> Any:
+    def matrices(params: Params) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: axes.get(path[-1].key), params)
 
     return optax.contrib.muon(rate, adam_learning_rate=adam_rate, muon_weight_dimension_numbers=matrices, **options)

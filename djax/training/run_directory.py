@@ -31,7 +31,7 @@ def has_checkpoints(directory: Path) -> bool:
 
 
 @contextmanager
-def open_checkpoints(directory: Path, policy: Any) -> Iterator[Any]:
+def open_checkpoints(directory: Path, policy: object) -> Iterator[Any]:
     """Orbax's checkpointer of a run, which keeps what the policy says. What a killed process was writing is removed."""
     from orbax.checkpoint.experimental.v1 import training as orbax
 

@@ -2,9 +2,9 @@
 
 import random
 from pathlib import Path
-from typing import Any
 
 from djax.tasks import problems
+from djax.text.contract import Tokenizer
 
 EOS, MASK = "<|endoftext|>", "<|mask|>"
 SPECIAL = [EOS, MASK, "<role>", "</role>", "<|role_end|>"]
@@ -17,7 +17,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def is_whole(words: Any) -> bool:
+def is_whole(words: Tokenizer) -> bool:
     """Whether a loaded tokenizer is one that `train` wrote, with what stands in its other files."""
     return (words.eos_token, words.mask_token, words.chat_template) == (EOS, MASK, CHAT_TEMPLATE)
 

@@ -6,6 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from rich.console import Console
+
 from djax import text
 from djax.checkpoints import checkpoint
 from djax.errors import CheckpointError, OptionError
@@ -16,6 +19,7 @@ from djax.runtime.compilation import enable_cache
 from djax.runtime.process import make_key, with_own_settings
 from djax.runtime.sharding import find_devices
 from djax.storage.directories import new_directory
+from djax.text.contract import Tokenizer
 from djax.training import data, tokenizer
 from djax.training.contract import Batches
 from djax.training.objective import Batch, Diffusion
@@ -75,10 +79,10 @@ class Problems(Batches):
     """Freshly drawn training problems, as `objective.Batch`es; words: the model's tokenizer."""
 
     run: Run
-    words: Any
+    words: Tokenizer
     eos_id: int
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> Batch[np.ndarray]:
         run, stage = self.run, self.run.stage(step)
         rng = random.Random(f"train {run.seed} {step}")
         length = rng.choice(stage.lengths)
@@ -92,14 +96,26 @@ def make_plan(run: Run, save_every: int, log_every: int) -> Plan:
     Muon on the matrices of the layers, Adam on the rest: per wall-clock second on a CPU, Muon's
     loss was well ahead of AdamW's from the first minutes on (configs/small.py has the figures).
     """
-    rates = dict(muon=run.rate, rate=run.adam_rate, warmup=run.warmup, cooldown=run.cooldown)
-    plan = dict(schedule="linear", weight_decay=0.0, clip=run.clip, precision=None, seed=run.seed)
-    return Plan(run.steps, run.rows, **rates, **plan, save_every=save_every, log_every=log_every)
+    return Plan(
+        run.steps,
+        run.rows,
+        muon=run.rate,
+        rate=run.adam_rate,
+        warmup=run.warmup,
+        cooldown=run.cooldown,
+        schedule="linear",
+        weight_decay=0.0,
+        clip=run.clip,
+        precision=None,
+        seed=run.seed,
+        save_every=save_every,
+        log_every=log_every,
+    )
 
 
 @with_own_settings
 @with_wanted_kernels
-def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 20, console: Any = None) -> Model:
+def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 20, console: Console | None = None) -> Model:
     """Train, or go on training, in `directory`; returns the model and leaves it in `directory/model` in HF layout.
 
     `directory` gets run.json, tokenizer/, checkpoints/ (Orbax) and log.jsonl (step, examples, loss, tokens/s, seconds).
@@ -118,8 +134,10 @@ def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 
     begin(directory, described)
     words = _tokenizer(run, directory)
     family = FAMILIES[run.family]
-    hf = run.architecture | {"mask_token_id": words.mask_token_id, "eos_token_id": words.eos_token_id}
-    config = family.config_type.from_hf(hf, mask_id=words.mask_token_id, eos_id=words.eos_token_id)
+    mask_id, eos_id = words.mask_token_id, words.eos_token_id
+    assert mask_id is not None and eos_id is not None, "as `tokenizer.train` writes them"
+    hf = run.architecture | {"mask_token_id": mask_id, "eos_token_id": eos_id}
+    config = family.config_type.from_hf(hf, mask_id=mask_id, eos_id=eos_id)
 
     # bfloat16 on disk halves the shipped file; it is what every published LLaDA-MoE uses.
     stored = dict.fromkeys(checkpoint.hf_names(family, config), "BF16")
@@ -127,7 +145,7 @@ def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 
 
     def describe(window: Window) -> dict[str, Any]:
         done = window.step
-        entry = {"step": done, "examples": done * run.rows}
+        entry: dict[str, Any] = {"step": done, "examples": done * run.rows}
         entry |= {"loss": round(float(sum(window.losses)) / len(window.losses), 5)}
         if (balance := window.parts[-1].get("balance")) is not None:
             entry |= {"balance": round(float(balance), 3)}
@@ -135,13 +153,22 @@ def train(run: Run, directory: Path, *, save_every: int = 200, log_every: int = 
         return entry | {"seconds": round(window.seconds, 1)}
 
     batches = Problems(run, words, config.eos_id)
-    told = dict(described=described, describe=describe, keep=2, console=console)
-    trained = fit(model, Diffusion(run.balance), plan, directory, batches=batches, **told)
+    trained = fit(
+        model,
+        Diffusion(run.balance),
+        plan,
+        directory,
+        batches=batches,
+        described=described,
+        describe=describe,
+        keep=2,
+        console=console,
+    )
     checkpoint.export_hf(trained.model, directory / "model")
     return checkpoint.load(directory / "model")
 
 
-def _tokenizer(run: Run, directory: Path) -> Any:
+def _tokenizer(run: Run, directory: Path) -> Tokenizer:
     """The run's tokenizer, made by its first start. One that is cut short, as a killed process of an older djax left it, is
     made again as long as nothing has been trained; afterwards another could be what checkpoints were not trained with."""
     there = directory / "tokenizer"
@@ -158,4 +185,6 @@ def _tokenizer(run: Run, directory: Path) -> Any:
         shutil.rmtree(there, ignore_errors=True)
         with new_directory(there) as whole:
             tokenizer.train(whole, run.architecture["vocab_size"], run.seed)
-    return text.load_tokenizer(there)
+    made = text.load_tokenizer(there)
+    assert made is not None, "just written"
+    return made

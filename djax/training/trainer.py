@@ -17,12 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from djax.checks import show, type_name
 from djax.errors import OptionError, TrainingError
+from djax.models.contract import Params
 from djax.models.model import Model, computing
 from djax.runtime.compilation import enable_cache
 from djax.runtime.process import make_key, with_own_settings
@@ -89,7 +91,7 @@ def fit(
     evaluate: Evaluate | None = None,
     describe: Callable[[Window], dict[str, Any]] = describe_means,
     keep: int = 1,
-    console: Any = None,
+    console: Console | None = None,
 ) -> Fitted:
     """Train the model, or go on training it, in `directory`; returns the best model by `evaluate`,
     or the last without it, and what the objective's own parameters were then.
@@ -120,7 +122,8 @@ def fit(
     directory = expand_home(directory)
     if described is None:
         described = {"plan": repr(plan), "objective": repr(objective), "model": checksum(model)}
-        if batches is not objective:
+        examples: object = batches
+        if examples is not objective:
             described |= {"batches": repr(batches)}
     begin(directory, described)
     state, frozen = _begin(model, objective, plan, weights)
@@ -128,7 +131,7 @@ def fit(
     net = Network(model.family, model.config, plan.remat, model.parts)
     of = Setting(net, objective, plan, weights, model.mesh, places)
 
-    def make_model(params: Any) -> Model:
+    def make_model(params: Params) -> Model:
         """The model with trained weights, in its own dtypes."""
         params = weights.whole(params, frozen.model)
         trained = jax.tree.map(_like, params, model.params)
@@ -147,8 +150,7 @@ def fit(
         forget_after(log, first)
         forget_after(scores, first)
         with _show_progress(console) as bar:
-            fields = dict(loss=float("nan"), speed=0.0)
-            task = bar.add_task("training", total=plan.steps, completed=first, **fields)
+            task = bar.add_task("training", total=plan.steps, completed=first, loss=float("nan"), speed=0.0)
             began, seen, pending = time.perf_counter(), 0, []
             for step in range(first, plan.steps):
                 batch = batches.draw(step, partial(make_model, state.params))
@@ -169,7 +171,7 @@ def fit(
                     bar.update(task, completed=done, **shown)
                     pending = []
                 figures = None
-                if evaluating:
+                if evaluate is not None and evaluating:
                     paused = time.perf_counter()
                     figures = dict(evaluate(make_model(state.params)))
                     append(scores, {"step": done} | figures)
@@ -194,9 +196,8 @@ def _check(model: Model, objective: Objective, plan: Plan, batches: Batches | No
 
     printed: whether what the batches print tells runs apart.
     """
-    if batches is None:
-        batches = objective
-    for name, value, kind in (("objective", objective, Objective), ("batches", batches, Batches)):
+    source: Any = objective if batches is None else batches
+    for name, value, kind in (("objective", objective, Objective), ("batches", source, Batches)):
         if not isinstance(value, kind):
             raise OptionError(f"{name}: expected {kind.__name__}, got {show(value)}")
         if (printed or name == "objective") and not dataclasses.is_dataclass(value):
@@ -212,7 +213,7 @@ def _check(model: Model, objective: Objective, plan: Plan, batches: Batches | No
             f"{type(objective).__name__}: needs all rows of an update at once; expected "
             f"accumulate=1 and a mesh of data=1, got {plan.accumulate} and {model.parts}"
         )
-    return batches
+    return source
 
 
 def _begin(model: Model, objective: Objective, plan: Plan, weights: Weights) -> tuple[State, Frozen]:
@@ -240,7 +241,7 @@ def _begin(model: Model, objective: Objective, plan: Plan, weights: Weights) -> 
     return State(params, begun, step, owned), Frozen(frozen, own.frozen)
 
 
-def place(batch: Any, mesh: Any) -> Any:
+def place(batch: Any, mesh: Mesh | None) -> Any:
     """A batch's rows on the devices that they belong to."""
     if mesh is None:
         return batch
@@ -257,11 +258,11 @@ def _stored(state: State) -> dict[str, Any]:
     return stored if state.own else {name: stored[name] for name in State._fields[:3]}
 
 
-def _load(saved: Any, step: int, state: State, directory: Path) -> State:
+def _load(saved: object, step: int, state: State, directory: Path) -> State:
     return state._replace(**load_state(saved, step, _stored(state), directory))
 
 
-def _show_progress(console: Any) -> Progress:
+def _show_progress(console: Console | None) -> Progress:
     told = "{task.description}", "loss {task.fields[loss]:.4f}"
     columns = map(TextColumn, (*told, "{task.fields[speed]:,.0f} tokens/s"))
     rest = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()

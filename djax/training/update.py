@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from djax.models.contract import Params
 from djax.runtime.process import make_key
 from djax.runtime.sharding import DATA
 from djax.training.contract import Draw, Network, Objective, Own, Weights
@@ -26,7 +28,7 @@ class State(NamedTuple):
                objective without. Checkpoints then have no entry for it.
     """
 
-    params: Any
+    params: Params
     optimizer: Any
     step: jax.Array
     own: Any = ()
@@ -49,12 +51,12 @@ class Setting:
     objective: Objective
     plan: Plan
     weights: Weights = Weights()  # noqa: RUF009  (it has no fields)
-    mesh: Any = None
+    mesh: Mesh | None = None
     places: Any = None
 
 
 def gradient(
-    trained: tuple[Any, Any], frozen: Frozen, batch: Any, draw: Draw, *, of: Setting
+    trained: tuple[Any, Any], frozen: Frozen, batch: object, draw: Draw, *, of: Setting
 ) -> tuple[Any, jax.Array, dict[str, jax.Array]]:
     """The gradient over all rows, each row's loss, and the parts of the loss.
 
@@ -62,7 +64,7 @@ def gradient(
     """
     plan = of.plan
 
-    def loss(trained: tuple[Any, Any], batch: Any, draw: Draw) -> tuple:
+    def loss(trained: tuple[Any, Any], batch: object, draw: Draw) -> tuple:
         params, own = trained
         # Merged in float32: a narrower model's steps would swallow small changes.
         wide = jax.tree.map(lambda a: a.astype(jnp.float32), frozen.model)
@@ -70,7 +72,7 @@ def gradient(
         whole = jax.tree.map(lambda a: a.astype(plan.dtype), whole)
         return of.objective.loss(of.net, whole, Own(own, frozen.own), batch, draw)
 
-    def one(batch: Any, draw: Draw) -> tuple:
+    def one(batch: object, draw: Draw) -> tuple:
         (_, (losses, logged)), found = jax.value_and_grad(loss, has_aux=True)(trained, batch, draw)
         return found, losses, logged
 
@@ -78,10 +80,10 @@ def gradient(
         found, losses, logged = one(batch, draw)
     else:
 
-        def cut(tree: Any) -> Any:
+        def cut(tree: object) -> Any:
             return jax.tree.map(lambda a: a.reshape(plan.accumulate, -1, *a.shape[1:]), tree)
 
-        def part(batch: Any, rows: jax.Array) -> tuple:
+        def part(batch: object, rows: jax.Array) -> tuple:
             return one(batch, draw._replace(rows=rows))
 
         parts = cut(batch), cut(draw.rows)
@@ -101,7 +103,7 @@ def gradient(
 
 
 @partial(jax.jit, static_argnames="of", donate_argnums=0)
-def update(state: State, frozen: Frozen, batch: Any, *, of: Setting) -> tuple[State, jax.Array, dict[str, jax.Array]]:
+def update(state: State, frozen: Frozen, batch: object, *, of: Setting) -> tuple[State, jax.Array, dict[str, jax.Array]]:
     """One update on a batch of R rows.
 
     Returns the state, each row's loss `[R]` (a scalar if the objective is `whole`), and the loss's
@@ -114,13 +116,14 @@ def update(state: State, frozen: Frozen, batch: Any, *, of: Setting) -> tuple[St
     progress = state.step.astype(jnp.float32) / plan.steps
     if plan.accumulate > 1 and parts > 1:
         # A device's rows lie together, its parts one after another in each of the accumulated ones.
-        order = np.arange(plan.rows).reshape(plan.accumulate, parts, -1)
-        order = order.transpose(1, 0, 2).reshape(-1)
+        numbered = np.arange(plan.rows).reshape(plan.accumulate, parts, -1)
+        order = numbered.transpose(1, 0, 2).reshape(-1)
         batch, keys = jax.tree.map(lambda a: a[order], (batch, keys))
     draw = Draw(jax.random.fold_in(key, state.step), keys, progress)
     run = partial(gradient, of=of)
     if parts > 1:
-        specs = P(), P(), P(DATA), Draw(P(), P(DATA), P())
+        of_draw: Any = Draw._make((P(), P(DATA), P()))  # places stand for the arrays
+        specs = P(), P(), P(DATA), of_draw
         run = jax.shard_map(
             run,
             mesh=of.mesh,
@@ -144,7 +147,7 @@ def update(state: State, frozen: Frozen, batch: Any, *, of: Setting) -> tuple[St
     return new, losses, logged
 
 
-def _move(moves: Any, found: Any, params: Any, optimizer: Any) -> tuple[Any, Any]:
+def _move(moves: Any, found: Any, params: Params, optimizer: Any) -> tuple[Any, Any]:
     change, optimizer = moves.update(found, optimizer, params)
     return optax.apply_updates(params, change), optimizer
 

@@ -53,7 +53,7 @@ class Unavailable(Exception):
     """The functions cannot be had here; the message says why."""
 
 
-def why_not(dtype: Any, held: Any = None) -> str | None:
+def why_not(dtype: jax.typing.DTypeLike, held: jax.typing.DTypeLike | None = None) -> str | None:
     """Why this machine has no functions for values of this dtype and weights held in that one (None: the same); None if it has.
 
     The first time they are compiled: a few seconds, once a machine. In one process the answer never changes.
@@ -65,12 +65,12 @@ def why_not(dtype: Any, held: Any = None) -> str | None:
     return None
 
 
-def target(name: str, dtype: Any, held: Any = None) -> str:
+def target(name: str, dtype: jax.typing.DTypeLike, held: jax.typing.DTypeLike | None = None) -> str:
     """The name under which XLA knows the function `name` of these dtypes. Only where `why_not` has no reason."""
     return f"{name}_{_library(*_types(dtype, held))}"
 
 
-def _types(dtype: Any, held: Any) -> tuple[str, str]:
+def _types(dtype: jax.typing.DTypeLike, held: jax.typing.DTypeLike | None) -> tuple[str, str]:
     dtype, held = jnp.dtype(dtype).name, jnp.dtype(dtype if held is None else held).name
     if dtype not in ("float32", "bfloat16") or held not in (dtype, "int8"):
         raise Unavailable(f"they are not made for {dtype} values and {held} weights")
@@ -191,11 +191,18 @@ def _run(command: list[str], scratch: str) -> tuple[int, str]:
     It may neither read what was meant for djax, nor take more than `_SECONDS`, nor leave processes behind.
     """
     # An empty entry of CPATH or LIBRARY_PATH means the current directory, where others may write.
-    options = dict(cwd=scratch, env=os.environ | {"TMPDIR": scratch}, start_new_session=True)
-    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, bufsize=0)
-    with subprocess.Popen(command, **options, **pipes) as process:
+    with subprocess.Popen(
+        command,
+        bufsize=0,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        cwd=scratch,
+        env=os.environ | {"TMPDIR": scratch},
+        start_new_session=True,
+    ) as process:
         try:
-            said = _listen(process, time.monotonic() + _SECONDS)
+            said = _listen(process, command[0], time.monotonic() + _SECONDS)
         except subprocess.TimeoutExpired:
             raise Unavailable(f"{command[0]} took more than {_SECONDS} seconds for {_SOURCE.name}") from None
         finally:
@@ -204,22 +211,23 @@ def _run(command: list[str], scratch: str) -> tuple[int, str]:
     return process.returncode, said.decode(errors="replace")
 
 
-def _listen(process: subprocess.Popen, deadline: float) -> bytes:
+def _listen(process: subprocess.Popen[bytes], name: str, deadline: float) -> bytes:
     """The first `_KEPT` bytes that a process writes to stderr until it ends.
 
     Raises `TimeoutExpired` after the deadline, `Unavailable` after `_MOST` bytes.
     """
-    said, count = b"", 0
+    said, count, pipe = b"", 0, process.stderr
+    assert pipe is not None, "opened with a pipe"
     with selectors.DefaultSelector() as selector:
-        selector.register(process.stderr, selectors.EVENT_READ)
+        selector.register(pipe, selectors.EVENT_READ)
         while (left := deadline - time.monotonic()) > 0:
             if selector.select(min(left, 0.1)):
-                chunk = os.read(process.stderr.fileno(), _KEPT)
+                chunk = os.read(pipe.fileno(), _KEPT)
                 if not chunk:
                     break
                 said, count = said + chunk[: _KEPT - len(said)], count + len(chunk)
                 if count > _MOST:
-                    raise Unavailable(f"{process.args[0]} writes messages without end for {_SOURCE.name}")
+                    raise Unavailable(f"{name} writes messages without end for {_SOURCE.name}")
             elif process.poll() is not None:
                 break  # its children still hold the pipe
     process.wait(max(0, deadline - time.monotonic()))
