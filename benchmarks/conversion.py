@@ -33,7 +33,7 @@ HF = LLADA_MOE_7B | {
     "mask_token_id": 156895,
     "eos_token_id": 156892,
 }
-CONVERT = "import sys; from djax.conversion import convert; print(convert(*sys.argv[1:3], to=sys.argv[3]).bytes)"
+CONVERT = "import sys; from djax.checkpoints.conversion import convert; print(convert(*sys.argv[1:3], to=sys.argv[3]).bytes)"
 RESTORE = """
 import sys, jax, djax
 model = djax.load(sys.argv[1])

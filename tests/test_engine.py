@@ -262,3 +262,9 @@ def test_a_decoder_without_progress_ends_its_row_with_an_error():
     with pytest.raises(TripCapError, match=r"rows \[0\] still hold masks after 8 turns"):
         engine.run()
     assert engine.free == [0, 1] and engine.run() == {}
+    # A row that spends its cap ends the run that waits for a row, though others go on.
+    engine.join([1, 2], gen_length=8)
+    engine.join([1, 2], gen_length=40)
+    with pytest.raises(TripCapError, match=r"rows \[0\] still hold masks after 8 turns"):
+        engine.run(until="row")
+    assert engine.free == [0]

@@ -77,6 +77,11 @@ def test_a_block_longer_than_the_canvas():
     assert [f.positions for f in block.fastest] == [80, 80]
 
 
+def test_drafts_are_named():
+    facts = djax.explain(toy_model(), [1, 2], gen_length=16, block_length=8, decoder=djax.FreeDave(drafts=3)).facts
+    assert "reads up to 3 drafts a forward" in facts["decoder"]
+
+
 def refuse(*_, **__):
     raise AssertionError("explain runs no model")
 

@@ -139,7 +139,7 @@ def test_unknown_options_are_errors(moe_a):
         (lambda: djax.Prefix(surplus=None), r"Prefix\(surplus=...\): expected True or False, got None"),
         (lambda: djax.Fixed(1, steps=2), r"Fixed\(per_step=..., steps=...\): expected one of the two, got 1 and 2"),
         (lambda: djax.Fixed(steps=0), r"Fixed\(steps=...\): expected a whole number, at least 1 .* got 0"),
-        (lambda: djax.Fixed(order="x"), r"Fixed\(order=...\): expected one of confidence, random, got 'x'"),
+        (lambda: djax.Fixed(order="x"), r"Fixed\(order=...\): expected one of confidence, left, random, got 'x'"),
         (lambda: djax.Smoothing(top=0), r"Smoothing\(top=...\): expected a whole number, at least 1 .* got 0"),
         (lambda: djax.Smoothing(first=-1), r"Smoothing\(first=...\): expected a finite number at least 0.0, got -1"),
         (lambda: djax.Entropy(-1), r"Entropy\(theta=...\): expected a finite number at least 0.0, got -1"),
@@ -540,7 +540,7 @@ def test_plugs_as_text(text, plug):
     [
         ("treshold", "--decoder: unknown 'treshold'; there are: threshold, vicinity"),
         ("Threshold(0.9, per_step=2)", "--decoder: Threshold(0.9, per_step=2) does not fit Threshold(tau=0.9, slack=1e-05)"),
-        ("Threshold(0.9, 1, 1)", "does not fit Threshold(tau=0.9, slack=1e-05)"),
+        ("Threshold(0.9, 1, 1, 1)", "does not fit Threshold(tau=0.9, slack=1e-05)"),
         ("Threshold(0.9, tau=1)", "does not fit"),
         ("Threshold(", "--decoder: cannot read 'Threshold('; write it like Threshold(tau=0.9, slack=1e-05) or"),
         ("__import__('os').getcwd()", "--decoder: cannot read"),

@@ -47,7 +47,8 @@ class Explanation:
 
     Law: with `early_stop=False` the program runs exactly a block's `slowest` forwards where each accepts one token, and its
     `fastest` where each accepts everything. A decoder that edits replaces a token at every post-step of the slowest, and at
-    none of the fastest, whose last forward only finds that nothing changes.
+    none of the fastest, whose last forward only finds that nothing changes. A decoder with drafts takes no more forwards than
+    the slowest, and a forward runs as many times the positions as it reads drafts.
     """
 
     facts: dict[str, str]
@@ -101,6 +102,7 @@ def _facts(model: Model, asked: Asked, ask: Request[np.ndarray], b: int) -> dict
         f"this prompt; before and after of a cache's window: up to {total}",
         "decoder": show(decoder)
         + (" (draws from the seed)" if decoder.draws else "")
+        + (f" (reads up to {decoder.drafts} drafts a forward, each as wide as is listed)" if decoder.drafts else "")
         + (f" (edits: up to {decoder.post_steps} more forwards a block)" if decoder.edits else ""),
         "cache": f"{show(policy)}, windows of {window}" if policy.keeps else "None",
         "smoothing": show(smoothing),

@@ -98,7 +98,8 @@ def run(params: Params, carry: Carry, turns: jax.Array | None = None, until: jax
     def turn(state: tuple[Carry, jax.Array, jax.Array]) -> tuple[Carry, jax.Array, jax.Array]:
         old, left, _ = state
         new = loop.turn(old)
-        ended = jnp.any(old.rows.active & ~new.rows.active)
+        # Also one that has spent its cap.
+        ended = jnp.any(find_running(old) & ~find_running(new))
         finished = jnp.any(old.rows.block != new.rows.block)
         happened = ((until == ROW_ENDED) & ended) | ((until == BLOCK_FINISHED) & finished)
         return new, left - 1, happened
