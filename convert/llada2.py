@@ -5,24 +5,12 @@ from typing import Protocol
 
 import numpy as np
 
-from djax.convert.rules import Rule
+from djax.convert.rules import AttentionShape, Rule
 
 
-class Shape(Protocol):
-    """What the tables read of the family's Config."""
+class Shape(AttentionShape, Protocol):
+    """What the tables read of the family's Config besides."""
 
-    @property
-    def heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def groups(self) -> int: ...
-    @property
-    def vocab(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def layers(self) -> int: ...
     @property
     def experts(self) -> int: ...
     @property

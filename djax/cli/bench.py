@@ -98,7 +98,7 @@ class Compile:
 
 @dataclasses.dataclass
 class Conversion:
-    """Convert and restore a checkpoint of LLaDA-MoE-7B's shape with random weights: memory, and speed beside cp.
+    """Convert and restore a checkpoint of LLaDA-MoE-7B's shape with random weights: memory, and speed compared with cp.
 
     djax bench convert --work /somewhere/large --out benchmarks/results --readme README.md
 

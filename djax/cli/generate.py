@@ -76,7 +76,7 @@ class Generate:
             answers = djax.generate(model, texts, max_batch=self.max_batch, trace=drawn, **options)
         replays = [frames.replay(answer, model.tokenizer) for answer in answers] if drawn else []
         if self.show:
-            # What --json prints is for programs, so the picture goes beside it.
+            # What --json prints is for programs, so the picture goes elsewhere.
             terminal.show(replays, console if self.json else Console())
         if self.json:
             say("\n".join(json.dumps(entry) for entry in list_entries(questions, answers, self.decoding.seed)))

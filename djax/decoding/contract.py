@@ -30,6 +30,12 @@ from djax.kernels.vocabulary import find_best, find_peaks, find_two_best
 State = TypeVar("State")
 
 
+# Of an editing decoder a block: they set the trace's length.
+MOST_POST_STEPS = 1024
+# Of a decoder that verifies: they set a window's width.
+MOST_DRAFTS = 256
+
+
 class Tick(NamedTuple):
     """Where the decoding of a row stands: int32 scalars, counted from 0.
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from djax.checks import integer, number
-from djax.decoding.contract import Decoder, Look, Verdict, best_and_probability, check_inner, probability
+from djax.decoding.contract import MOST_POST_STEPS, Decoder, Look, Verdict, best_and_probability, check_inner, probability
 from djax.decoding.threshold import Threshold
 from djax.pytree import pytree
 
@@ -34,7 +34,7 @@ class Edit(Decoder[tuple[jax.Array, Any]]):
     def __post_init__(self) -> None:
         check_inner(self)
         number(self, "tau", above=0.0)
-        integer(self, "post_steps", at_least=0, at_most=1024)
+        integer(self, "post_steps", at_least=0, at_most=MOST_POST_STEPS)
 
     @property
     def draws(self) -> bool:

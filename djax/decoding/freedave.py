@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from djax.checks import integer, plug, reading, show
-from djax.decoding.contract import Decoder, Look, Verdict, by_confidence, candidates, probability
+from djax.decoding.contract import MOST_DRAFTS, Decoder, Look, Verdict, by_confidence, candidates, probability
 from djax.decoding.fixed import Fixed
 from djax.decoding.threshold import Threshold
 from djax.errors import OptionError
@@ -37,7 +37,7 @@ class FreeDave(Decoder[tuple[()]]):
     drafts: int = dataclasses.field(default=4, metadata={"static": True})
 
     def __post_init__(self) -> None:
-        integer(self, "drafts", at_least=1, at_most=256)
+        integer(self, "drafts", at_least=1, at_most=MOST_DRAFTS)
         legal = "djax.Fixed(1), djax.Fixed(1, order='left') or djax.Threshold(...)"
         plug(self.inner, "FreeDave(inner=...)", Decoder, legal)
         with reading("FreeDave(inner=...)"):

@@ -18,7 +18,7 @@ def keep(
 ) -> list[Trajectory]:
     """The trajectories whose answer's score is at least `least`, in the store's order.
 
-    verifier: a function, or the name of one that ships, whose scores are kept beside the parts, so that it is asked once.
+    verifier: a function, or the name of one that ships, whose scores are kept with the parts, so that it is asked once.
     first: only of so many first trajectories, None for all. `progress` is called with the number done. Raises `VerifierError`,
     which leaves the store as it is, and `TraceError` if nothing is kept.
     """

@@ -20,6 +20,7 @@ import numpy as np
 from djax.errors import TraceError
 from djax.models.model import Model
 from djax.storage.files import expand_home, parse_json, read_text, write
+from djax.tasks.verify import Question as Question
 from djax.training.checksum import checksum as checksum
 
 MANIFEST, FORMAT = "store.json", 1
@@ -29,8 +30,6 @@ _RULES = 2
 # Bounds of what is read: bytes of a part, unpacked, and positions of a canvas.
 LARGEST, LONGEST = 1 << 30, 1 << 20
 NUMBERS = ("seed", "prompt", "start", "block", "forwards")
-# What is asked, as it was given, with what a verifier needs.
-Question = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ into a free slot. Each row has its own request, block pointer and counters and n
 canvas, forwards and refreshes it gets alone, whenever it joined.
 """
 
+from collections.abc import Callable
 from functools import partial, reduce
 from operator import or_
 from typing import Any
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from djax.caching.contract import Plan
 from djax.decoding.contract import Look, Tick, Verdict
 from djax.decoding.not_before import NotBefore
+from djax.decoding.smoothing import Smoothing
 from djax.engine.carry import (
     NOTHING,
     Carry,
@@ -146,21 +148,27 @@ class _Loop:
             pending &= ~fits
         if self.policy.appends:
             carry = self.append(carry, plan.append & running)
-        rows, fresh = carry.rows, self.nothing(carry)
         if self.policy.keeps:
-            # Entered as a loop of at most one trip: turns in which every row warms up pay for no window, and unlike
-            # `lax.cond` a loop never copies what it carries.
-            carry = carry._replace(rows=self.limit_drafts(rows, carry.asks))
-            rows = carry.rows
-            inside = plan.window & running & ~rows.stop
-            left = self.find_left(carry)
-            rows, fresh, _ = jax.lax.while_loop(
-                lambda c: jnp.any(c[2]),
-                lambda c: (*self.window(carry._replace(rows=c[0]), c[2]), jnp.zeros_like(c[2])),
-                (rows, fresh, inside),
-            )
-            carry = self.commit(carry, fresh, left, inside)
-        return carry._replace(rows=self.finish_blocks(rows, carry.asks, running))
+            carry = self.run_windows(carry, plan.window & running & ~carry.rows.stop)
+        return carry._replace(rows=self.finish_blocks(carry.rows, carry.asks, running))
+
+    def run_windows(self, carry: Carry, inside: jax.Array) -> Carry:
+        """One window of the rows `inside` bool `[B]`, whose K/V go into their caches if the policy
+        commits: what is not final yet is hidden, and overwritten by the next window.
+
+        Entered as a loop of at most one trip: turns in which every row warms up pay for no window, and unlike `lax.cond` a loop
+        never copies what it carries.
+        """
+        commits = self.policy.commits
+        carry = carry._replace(rows=self.limit_drafts(carry.rows, carry.asks))
+        left = self.find_left(carry)
+        room = self.make_room(carry, self.frame.width) if commits else ()
+        rows, fresh, _ = jax.lax.while_loop(
+            lambda c: jnp.any(c[2]),
+            lambda c: (*self.window(carry._replace(rows=c[0]), c[2]), jnp.zeros_like(c[2])),
+            (carry.rows, room, inside),
+        )
+        return carry._replace(rows=rows, cache=self.put(carry.cache, fresh, left, inside) if commits else carry.cache)
 
     def plan(self, carry: Carry) -> Plan:
         """What each row runs in this turn, `[B]` each."""
@@ -229,19 +237,10 @@ class _Loop:
             ranks = jnp.pad(ranks, ((0, 0), (0, self.frame.width)), constant_values=HIDDEN_RANK)
         return Cache(carry.cache, ranks)
 
-    def nothing(self, carry: Carry) -> KeysAndValues:
-        """K/V of a window before there are any; () unless they are to be committed."""
-        if not self.policy.commits:
-            return ()
-        size = self.frame.width * self.config.head_dim
+    def make_room(self, carry: Carry, positions: int) -> KeysAndValues:
+        """Zeroed K/V of so many positions of each row, for what a forward inside a loop will give."""
+        size = positions * self.config.head_dim
         return jax.tree.map(lambda c: jnp.zeros((self.batch, c.shape[1], size), c.dtype), carry.cache)
-
-    def commit(self, carry: Carry, fresh: KeysAndValues, left: jax.Array, running: jax.Array) -> Carry:
-        """Put the K/V of windows that start at `left` `[B]` into the running rows' caches, if the policy commits. What is not
-        final yet is hidden, and overwritten by the next window."""
-        if not self.policy.commits:
-            return carry
-        return carry._replace(cache=self.put(carry.cache, fresh, left, running))
 
     def put(self, cache: KeysAndValues, fresh: KeysAndValues, left: jax.Array, running: jax.Array) -> KeysAndValues:
         """The cache with the fresh K/V `[B, G, W * K]` of the running rows at their positions from `left` `[B]` on."""
@@ -269,8 +268,8 @@ class _Loop:
             return rows, jax.tree.map(lambda a: a[:, :, :size], fresh), jnp.zeros_like(state[2])
 
         # Two loops, the one reading the cache and the other writing it: done in one, XLA would copy all of it in between.
-        nothing = jax.tree.map(lambda c: jnp.zeros((self.batch, c.shape[1], size), c.dtype), carry.cache)
-        rows, finished, _ = jax.lax.while_loop(lambda c: jnp.any(c[2]), forward, (carry.rows, nothing, running))
+        room = self.make_room(carry, block)
+        rows, finished, _ = jax.lax.while_loop(lambda c: jnp.any(c[2]), forward, (carry.rows, room, running))
         return carry._replace(rows=rows, cache=self.put(carry.cache, finished, left, running))
 
     def forward_and_decode(
@@ -309,13 +308,7 @@ class _Loop:
             return decoded, fresh
         tokens = take(decoded.tokens, at)
         soft = family.embed(params, config, tokens)
-
-        def weigh(numbers: tuple[jax.Array, ...], forwards: jax.Array) -> jax.Array:
-            own = self.spec.build(numbers)[2]
-            assert own is not None, "smoothing is static: one row's is every row's"
-            return own.weight(forwards)
-
-        weight = jax.vmap(weigh)(asks.numbers, rows.forwards)
+        weight = self.follow_ramp(lambda own, forwards: own.weight(forwards), rows, asks)
         weight = weight[:, None, None].astype(soft.dtype)
         still = (tokens == config.mask_id)[..., None]
         expected = family.expected_embedding(params, config, x, smoothing.top, wide)
@@ -323,6 +316,21 @@ class _Loop:
         offset = self.everywhere - at[:, :1]
         covered = (offset >= 0) & (offset < at.shape[1]) & take(valid, offset)
         return decoded._replace(soft=jnp.where(covered[..., None], take(soft, offset), rows.soft)), fresh
+
+    def follow_ramp(
+        self,
+        number: Callable[[Smoothing, jax.Array], jax.Array],
+        rows: Rows[jax.Array],
+        asks: Request[jax.Array],
+    ) -> jax.Array:
+        """A number of each row's own smoothing at its forward count, float32 `[B]`."""
+
+        def find(numbers: tuple[jax.Array, ...], forwards: jax.Array) -> jax.Array:
+            own = self.spec.build(numbers)[2]
+            assert own is not None, "smoothing is static: one row's is every row's"
+            return number(own, forwards)
+
+        return jax.vmap(find)(asks.numbers, rows.forwards)
 
     def verify(
         self,
@@ -404,13 +412,7 @@ class _Loop:
         may_write = (at >= asks.prompt[:, None]) & (at < asks.total[:, None]) & running[:, None]
         smoothing, floor = self.smoothing, jnp.full(rows.forwards.shape, -jnp.inf)
         if smoothing is not None:
-
-            def find_floor(numbers: tuple[jax.Array, ...], forwards: jax.Array) -> jax.Array:
-                own = spec.build(numbers)[2]
-                assert own is not None, "smoothing is static: one row's is every row's"
-                return own.least(forwards)
-
-            floor = jax.vmap(find_floor)(asks.numbers, rows.forwards)
+            floor = self.follow_ramp(lambda own, forwards: own.least(forwards), rows, asks)
 
         def step(state: Any, ask: Request[jax.Array], tick: Tick, *looked: Any) -> tuple[Any, Verdict]:
             # The key depends on the row's own seed and counter, not on its place in the batch.

@@ -13,7 +13,7 @@ from djax.caching import CACHES, Uncached
 from djax.caching.contract import TO_THE_END, Plan, Policy
 from djax.checks import INT32_MAX, boolean, plug, reading, real_number, show, type_name, whole_number, whole_numbers
 from djax.decoding import DECODERS
-from djax.decoding.contract import Decoder, Look, Tick, Verdict
+from djax.decoding.contract import MOST_DRAFTS, MOST_POST_STEPS, Decoder, Look, Tick, Verdict
 from djax.engine import stop
 from djax.engine.carry import Plugs, Request, Spec
 from djax.engine.options import Options
@@ -24,11 +24,6 @@ from djax.models.model import Model, device_memory, known_model
 from djax.plugs import spelled
 from djax.pytree import classes
 from djax.runtime.process import make_key
-
-# Of an editing decoder a block: they set the trace's length.
-MOST_POST_STEPS = 1024
-# Of a decoder that verifies: they set a window's width.
-MOST_DRAFTS = 256
 
 
 @dataclasses.dataclass(frozen=True)

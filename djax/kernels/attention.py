@@ -11,13 +11,9 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 from djax.kernels import attention_cpu, attention_gpu, dispatch
-from djax.kernels.plain import attend, flat, rms_norm, rotate
+from djax.kernels.plain import Attended, Pair, attend, flat, rms_norm, rotate
 from djax.kernels.sight import Sight
 from djax.runtime.sharding import split
-
-Pair = tuple[jax.Array, jax.Array]
-# The attended values, the window's keys and its values, as `attention` returns them.
-Attended = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def attention(
@@ -28,7 +24,7 @@ def attention(
     cached: Pair | None,
     cached_rank: jax.Array | None,
     eps: float,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> Attended:
     """Normalise and rotate queries and keys, then attend.
 
     qkv `[B, W, G, H / G + 2, K]`: a group's queries, its key, its value. norms: weights `[K]` of the queries' and the
@@ -52,7 +48,7 @@ def plain(
     cached_rank: jax.Array | None,
     *,
     eps: float,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> Attended:
     """`attention` in XLA's own operations: the oracle."""
     batch, window, groups, slots, head_dim = qkv.shape
     q = qkv[:, :, :, :-2].reshape(batch, window, groups * (slots - 2), head_dim)
@@ -64,7 +60,7 @@ def plain(
     return attend(rotate(q, *angles), k, v, sight, cached, cached_rank), flat(k), flat(v)
 
 
-def fused(*arguments: object, eps: float, interpret: bool = False) -> tuple[jax.Array, jax.Array, jax.Array]:
+def fused(*arguments: object, eps: float, interpret: bool = False) -> Attended:
     """`attention` as one Pallas kernel; arguments and gradient as `plain` has them.
 
     interpret: run the kernel's operations one by one, on any platform, for tests.
@@ -72,17 +68,17 @@ def fused(*arguments: object, eps: float, interpret: bool = False) -> tuple[jax.
     return _whole(partial(attention_gpu.call, eps=eps, interpret=interpret), arguments, eps)
 
 
-def on_cpu(*arguments: object, eps: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+def on_cpu(*arguments: object, eps: float) -> Attended:
     """`attention` as one C++ function; arguments and gradient as `plain` has them."""
     return _whole(partial(attention_cpu.call, eps=eps), arguments, eps)
 
 
-def _whole(call: Callable[..., tuple], arguments: tuple, eps: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _whole(call: Callable[..., tuple], arguments: tuple, eps: float) -> Attended:
     """call(*arguments) with the gradient of `plain`; under a mesh each device runs it for its own heads."""
     _, norms, _, sight, cached, cached_rank = arguments
 
     @jax.custom_vjp
-    def run(*arguments: object) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def run(*arguments: object) -> Attended:
         if not split():
             return call(*arguments)
         heads, kv = P(None, None, "model"), P(None, "model")

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from djax.kernels import native
+from djax.kernels.plain import Attended, Pair
 from djax.kernels.sight import Sight
-
-Pair = tuple[jax.Array, jax.Array]
 
 
 def call(
@@ -22,7 +21,7 @@ def call(
     cached_rank: jax.Array | None,
     *,
     eps: float,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> Attended:
     """`attention.plain`'s arguments and results. In narrower models, too, everything is float32 between qkv and the results,
     but fresh keys, which count as they are kept.
 

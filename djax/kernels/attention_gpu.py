@@ -9,10 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from djax.kernels.plain import HIDDEN, flat
+from djax.kernels.plain import HIDDEN, Attended, Pair, flat
 from djax.kernels.sight import HIDDEN_RANK, Sight
 
-Pair = tuple[jax.Array, jax.Array]
 # Rows of a tile. Tensor cores take no fewer than 16; more would leave a GPU that has two heads of a window with nothing to do.
 QUERIES, CACHED, FRESH = 16, 64, 32
 
@@ -27,7 +26,7 @@ def call(
     *,
     eps: float,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> Attended:
     """The kernel on one device; arguments and results as `attention.plain` has them.
 
     interpret: run its operations one by one, on any platform, for tests.

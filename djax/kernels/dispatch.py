@@ -87,7 +87,7 @@ class BackEnd(NamedTuple):
     name:     the operation's form of this name runs.
     platform: where it may run, or `ANY`.
     why_not:  (case, site) -> why it cannot run there, None if it can.
-    says:     what it is, for people to read; empty where nobody is told.
+    says:     what it is, for people to read; empty where it is not printed.
     missing:  what is said of it where another one runs instead; empty: nothing.
     """
 

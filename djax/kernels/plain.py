@@ -12,6 +12,9 @@ from djax.kernels.sight import Sight
 
 # Finite, so that a query which sees nothing (a padded window position) gives a number instead of NaN.
 HIDDEN = -1e30
+Pair = tuple[jax.Array, jax.Array]
+# The attended values, the window's keys and its values, as attention returns them.
+Attended = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def flat(x: jax.Array) -> jax.Array:
@@ -65,7 +68,7 @@ def attend(
     if cached is not None:
         assert cached_rank is not None, "cached keys come with their ranks"
         cached_k, cached_v = (a.reshape(batch, groups, -1, head_dim) for a in cached)
-        # XLA would join two products with one left side, and copy the cache beside the window's keys to do so.
+        # XLA would join two products with one left side, and copy the cache and the window's keys into one array to do so.
         parts.append((scores(jax.lax.optimization_barrier(q), cached_k, sight.sees_cached(cached_rank)), cached_v))
     top = reduce(jnp.maximum, (jnp.max(s, axis=-1, keepdims=True) for s, _ in parts))
     weights = [jnp.exp(s - top) for s, _ in parts]

@@ -20,7 +20,7 @@ from djax.errors import OptionError, VerifierError
 from djax.tasks import sandbox
 from djax.tasks.stated import stated_result
 
-# A problem as it is kept: its prompt, and what a verifier needs.
+# What is asked, as it was given, with what a verifier needs.
 Question = Mapping[str, Any]
 Verifier = Callable[[Question, str], float]
 

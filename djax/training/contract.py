@@ -116,7 +116,7 @@ class Objective:
         return Own()
 
     def loss(self, net: Network, params: Params, own: Own, batch: Any, draw: Draw) -> Loss:
-        """The loss of a batch, whose arrays have R rows, and what is told of it.
+        """The loss of a batch, whose arrays have R rows, and what is logged of it.
 
         params: all of the model's, in the dtype that the network computes in.
         Returns the scalar that is differentiated by `params` and `own.trained` (a part that must
